@@ -1,0 +1,201 @@
+//! Processes: fork while it is safe, children that die with their parent, pidfds, and facts from `/proc`.
+//!
+//! # What it promises
+//!
+//! - [`fork`] happens only while this process has one thread, so that no lock of any library can be held by a thread
+//!   that the child does not have. That is why gRPC and fork cannot hurt each other here.
+//! - A child never runs a destructor or an exit handler of its parent's: it ends in `_exit`, also when it panics.
+//! - A child is killed when its parent dies, even if the parent died before the child could ask for that.
+#![allow(unsafe_code)]
+
+use std::{
+    fs, io,
+    os::{
+        fd::OwnedFd,
+        unix::process::{CommandExt, ExitStatusExt},
+    },
+    panic::{self, AssertUnwindSafe},
+    process::{Command, ExitStatus},
+};
+
+use nix::unistd::ForkResult;
+use rustix::{
+    io::Errno,
+    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
+    thread::ClockId,
+};
+
+/// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
+#[inline]
+pub fn now() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    time.tv_sec as u64 * 1_000_000_000 + time.tv_nsec as u64
+}
+
+/// A child, known by a pidfd: its pid is not reused before it is reaped.
+#[derive(Debug)]
+pub struct Child {
+    pid: Pid,
+    /// Readable once the child is dead.
+    pub pidfd: OwnedFd,
+}
+
+/// Why a process was not forked.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ForkError {
+    #[error(
+        "cannot fork: this process has {} threads ({}). Start the server before anything that starts threads: a tokio \
+         runtime, a gRPC channel, a logger or a library's thread pool",
+        names.len(),
+        names.join(", ")
+    )]
+    Threads { names: Vec<String> },
+    #[error("cannot fork: {0}")]
+    Io(#[from] io::Error),
+}
+
+/// The names of this process's threads.
+pub fn threads() -> io::Result<Vec<String>> {
+    fs::read_dir("/proc/self/task")?
+        .map(|task| Ok(fs::read_to_string(task?.path().join("comm"))?.trim_end().to_owned()))
+        .collect()
+}
+
+/// Forks a child that runs `main` under the name that `ps` and `top` show, and exits with what it returns.
+pub fn fork(name: &str, main: impl FnOnce() -> u8) -> Result<Child, ForkError> {
+    let names = threads()?;
+    if names.len() != 1 {
+        return Err(ForkError::Threads { names });
+    }
+    let parent = rustix::process::getpid();
+    // SAFETY: there is one thread, as just checked, so the child may do all that the parent may. It never returns
+    // into the parent's frames: it ends in `_exit` below.
+    let pid = match unsafe { nix::unistd::fork() }.map_err(io::Error::from)? {
+        ForkResult::Child => {
+            let code = panic::catch_unwind(AssertUnwindSafe(|| {
+                if let Err(error) = die_with(parent) {
+                    eprintln!("forkring: cannot tie a child to its parent: {error}");
+                    return 1;
+                }
+                let _ = fs::write("/proc/self/comm", name);
+                main()
+            }));
+            exit(code.unwrap_or(101));
+        }
+        ForkResult::Parent { child } => Pid::from_raw(child.as_raw()).ok_or(io::Error::from(Errno::SRCH))?,
+    };
+    // The child is ours and not reaped, so the pid is its own.
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
+    Ok(Child { pid, pidfd })
+}
+
+/// SIGKILL when the parent dies; at once if it already has.
+fn die_with(parent: Pid) -> io::Result<()> {
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+    if rustix::process::getppid() != Some(parent) {
+        die();
+    }
+    Ok(())
+}
+
+/// SIGKILL to ourselves.
+pub fn die() -> ! {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::KILL);
+    // SIGKILL of oneself is delivered before the call returns; this is for the compiler.
+    std::process::abort()
+}
+
+/// Ends this process with no destructors and no exit handlers: they are the parent's.
+pub fn exit(code: u8) -> ! {
+    // SAFETY: `_exit` has no preconditions.
+    unsafe { nix::libc::_exit(code.into()) }
+}
+
+impl Child {
+    /// The child's pid.
+    pub fn pid(&self) -> u32 {
+        self.pid.as_raw_nonzero().get().unsigned_abs()
+    }
+
+    /// Sends SIGKILL. A child that is dead already is no error.
+    pub fn kill(&self) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// Reaps the child, waiting for its death if need be. Only now may its pid be reused.
+    pub fn reap(self) -> io::Result<ExitStatus> {
+        loop {
+            match rustix::process::waitid(WaitId::Pid(self.pid), WaitIdOptions::EXITED) {
+                Ok(Some(status)) => {
+                    let raw = match (status.exit_status(), status.terminating_signal()) {
+                        (Some(code), _) => code << 8,
+                        (None, Some(signal)) => signal,
+                        (None, None) => 0,
+                    };
+                    return Ok(ExitStatus::from_raw(raw));
+                }
+                Ok(None) | Err(Errno::INTR) => {}
+                Err(error) => return Err(error.into()),
+            }
+        }
+    }
+}
+
+/// A command that is killed when this process dies: a worker's program must not outlive the worker.
+pub fn dies_with_us(command: &mut Command) -> &mut Command {
+    let parent = rustix::process::getpid();
+    // SAFETY: between fork and exec only async-signal-safe calls may be made; `die_with` makes prctl, getppid, kill.
+    unsafe { command.pre_exec(move || die_with(parent)) }
+}
+
+/// When a process started, in clock ticks since boot: with the pid, its identity.
+pub fn start_time(pid: u32) -> io::Result<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    // The name, field 2, may contain anything, also `)`: count from the last one. The start time is field 22.
+    let field = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19));
+    field.and_then(|field| field.parse().ok()).ok_or_else(|| io::Error::other("unreadable /proc/PID/stat"))
+}
+
+/// Differs after each boot: pids and start times of another boot mean nothing.
+pub fn boot_id() -> io::Result<[u64; 2]> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    let digits: String = text.chars().filter(char::is_ascii_hexdigit).collect();
+    let id = u128::from_str_radix(&digits, 16).map_err(io::Error::other)?;
+    Ok([(id >> 64) as u64, id as u64])
+}
+
+/// How many cores this process may run on.
+pub fn cores() -> usize {
+    std::thread::available_parallelism().map_or(1, Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn facts_of_our_own() {
+        let me = std::process::id();
+        assert!(start_time(me).unwrap() > 0);
+        assert_eq!(start_time(me).unwrap(), start_time(me).unwrap());
+        assert_ne!(boot_id().unwrap(), [0, 0]);
+        assert!(cores() > 0);
+        assert!(start_time(u32::MAX).is_err());
+    }
+
+    #[test]
+    fn refuses_to_fork_with_threads_and_names_them() {
+        // The test runner's own threads are reason enough.
+        let error = std::thread::Builder::new()
+            .name("grpc-lookalike".into())
+            .spawn(|| fork("never", || 0).map(|_| ()).unwrap_err().to_string())
+            .unwrap()
+            .join()
+            .unwrap();
+        assert!(error.contains("grpc-lookalike"), "{error}");
+    }
+}

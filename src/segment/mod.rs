@@ -1,0 +1,693 @@
+//! The segment: the one POSIX shared-memory object that supervisor, fronts and workers map.
+//!
+//! # What it promises
+//!
+//! - A segment that was made has all its memory: it is reserved with `fallocate`, so that a full `/dev/shm` is an error
+//!   at the start and never a SIGBUS later.
+//! - A process that attached never touches memory outside its views, whatever the segment says: offsets come from a
+//!   private copy of the geometry, which was checked against the size of the object.
+//! - A name belongs to one live server. The creator holds a lock (`flock`) on the object, and its children inherit
+//!   it; the kernel releases it when the last of them is dead, so a lock that can be had is proof of death.
+//!
+//! # Why the views are sound
+//!
+//! Everything in the control part is an atomic, so a shared reference to it is valid whatever other processes do.
+//! There are no pointers, bools or enums in shared memory. The arenas are only handed out by [`crate::arena`].
+//!
+//! | view | supervisor | front | worker |
+//! |---|---|---|---|
+//! | control | read, write | read, write | read, write |
+//! | request arena | – | read, write | read only |
+//! | result arena | – | read only | read, write (its own partition only) |
+//!
+//! Each process maps the object itself; nothing is inherited over `fork` (`MADV_DONTFORK`), so a grandchild cannot
+//! write here after its worker is gone.
+#![allow(unsafe_code)]
+
+mod layout;
+mod record;
+
+use std::{
+    fs::File,
+    io,
+    mem::{align_of, size_of},
+    num::NonZeroU32,
+    os::fd::{AsFd, OwnedFd},
+    slice,
+    sync::atomic::{
+        AtomicU32, AtomicU64,
+        Ordering::{Acquire, Relaxed, Release, SeqCst},
+        fence,
+    },
+    time::Duration,
+};
+
+use memmap2::{Advice, MmapOptions, MmapRaw};
+use raw_sync::{
+    Timeout,
+    events::{BusyEvent, EventImpl, EventInit, EventState},
+};
+use rustix::{
+    fs::{FallocateFlags, FlockOperation, Mode, fallocate, flock, fstat, statvfs},
+    io::Errno,
+    shm,
+};
+use shared_memory::{Shmem, ShmemConf, ShmemError};
+
+pub use layout::{
+    GRANULE, Geometry, Layout, MAX_FRONTS, MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS, PRIORITIES, Slot,
+};
+pub use record::{INLINE, Inline, ItemRecord};
+
+use crate::{
+    doorbell::Sleepers,
+    process,
+    ring::{Consumer, Lane, Producer},
+};
+use layout::{BLOCK, PAGE};
+
+/// Changes when the meaning of anything in the segment does.
+pub const ABI: u32 = 1;
+const MAGIC: u64 = u64::from_le_bytes(*b"forkring");
+const DIRECTORY: &str = "/dev/shm";
+
+/// Why there is no segment.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum SegmentError {
+    #[error("a segment cannot have {n} {what}: from 1 to {most} are possible")]
+    Geometry { what: &'static str, n: u64, most: u64 },
+    #[error(
+        "/dev/shm is too small: the server needs {need} MiB of shared memory and {free} of {size} MiB are free. \
+         Give it more (Docker's default is 64 MiB: --shm-size=1g; elsewhere: mount -o remount,size=1g /dev/shm), \
+         or ask for less with --arena and --max-message, --workers or --capacity"
+    )]
+    NoSpace { need: u64, free: u64, size: u64 },
+    #[error(
+        "the name `{name}` is in use by a live server{}. Stop it, or give this one another --name",
+        pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
+    )]
+    InUse { name: String, pid: Option<NonZeroU32> },
+    #[error(
+        "/dev/shm/{PREFIX}{name} is not a segment of this program ({why}). Remove it with `rm`, or use another --name"
+    )]
+    Foreign { name: String, why: &'static str },
+    #[error("cannot {what} the segment /dev/shm/{PREFIX}{name}: {error}")]
+    Io { what: &'static str, name: String, error: io::Error },
+}
+
+/// What the names of all our objects in `/dev/shm` start with.
+pub const PREFIX: &str = "forkring-";
+
+fn os_id(name: &str) -> String {
+    format!("/{PREFIX}{name}")
+}
+
+/// The first page. Written by the creator before `magic`, and never again but for the last two fields.
+#[repr(C)]
+struct Header {
+    magic: AtomicU64,
+    abi: AtomicU32,
+    creator_pid: AtomicU32,
+    creator_start: AtomicU64,
+    boot_id: [AtomicU64; 2],
+    layout_hash: AtomicU64,
+    counts: [AtomicU32; 4],
+    arena_bytes: [AtomicU64; 2],
+    _gap: [AtomicU64; 5],
+    /// The start gate, in a block of its own.
+    gate: [AtomicU64; 16],
+    /// Written by the supervisor, read by all: nonzero once the server drains.
+    draining: AtomicU32,
+    /// Counts the changes of the registry.
+    epoch: AtomicU32,
+}
+
+/// What the registry says of a participant slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Liveness {
+    /// Nobody is in the slot.
+    Free,
+    /// The process with this pid is.
+    Live(u32),
+    /// It has died and its items are being given back.
+    Dead,
+}
+
+/// One line of the registry. Written by the supervisor.
+#[repr(C)]
+struct Registration {
+    /// 0 free, 1 live, 2 dead.
+    state: AtomicU32,
+    pid: AtomicU32,
+    start: AtomicU64,
+}
+
+/// What others leave at a participant's door, each line in a block of its own.
+#[repr(C)]
+struct Door {
+    /// Bit 0: the participant sleeps. A front sleeps for results, a worker for room in its result arena.
+    sleeping: [AtomicU64; 1],
+    /// Nonzero: a return ring was full, so the front must look through its items. Set by workers, cleared by the front.
+    rescan: AtomicU64,
+}
+
+/// Types that may be looked at in shared memory: every bit pattern is a value, and every field is an atomic.
+///
+/// # Safety
+///
+/// The type must be `repr(C)` of atomics only.
+unsafe trait Shared {}
+// SAFETY: all of these are, or are made of, atomics.
+unsafe impl Shared for Header {}
+// SAFETY: as above.
+unsafe impl Shared for Registration {}
+// SAFETY: as above.
+unsafe impl Shared for Door {}
+// SAFETY: as above.
+unsafe impl Shared for ItemRecord {}
+// SAFETY: as above.
+unsafe impl Shared for AtomicU64 {}
+
+/// The creator's handle: dropping it removes the segment's name. It hands out the object itself for attaching.
+pub struct SegmentOwner {
+    shmem: Shmem,
+    name: String,
+    object: OwnedFd,
+    layout: Layout,
+}
+
+impl SegmentOwner {
+    /// Makes a segment and reserves all of its memory. One that a dead server left behind is removed first.
+    pub fn create(name: &str, geometry: Geometry) -> Result<Self, SegmentError> {
+        let layout = Layout::of(geometry)?;
+        let io = |what| move |error: io::Error| SegmentError::Io { what, name: name.to_owned(), error };
+        let shmem = loop {
+            match ShmemConf::new().os_id(os_id(name)).size(layout.total as usize).create() {
+                Ok(shmem) => break shmem,
+                Err(ShmemError::MappingIdExists) => remove_stale(name)?,
+                Err(error) => return Err(io("create")(io::Error::other(format!("{error:?}")))),
+            }
+        };
+        let object = shm::open(os_id(name), shm::OFlags::RDWR, Mode::empty()).map_err(|e| io("open")(e.into()))?;
+        flock(&object, FlockOperation::NonBlockingLockExclusive).map_err(|_| in_use(name))?;
+        if fstat(&object).map_err(|e| io("look at")(e.into()))?.st_nlink == 0 {
+            // Another server starting under this name took it for stale before it was locked.
+            return Err(in_use(name));
+        }
+        loop {
+            match fallocate(&object, FallocateFlags::empty(), 0, layout.total) {
+                Ok(()) => break,
+                Err(Errno::INTR) => {}
+                Err(Errno::NOSPC) => {
+                    let mib = |blocks: u64, size: u64| blocks * size >> 20;
+                    let fs = statvfs(DIRECTORY).map_err(|e| io("reserve")(e.into()))?;
+                    let (free, size) = (mib(fs.f_bavail, fs.f_frsize), mib(fs.f_blocks, fs.f_frsize));
+                    return Err(SegmentError::NoSpace { need: layout.total.div_ceil(1 << 20), free, size });
+                }
+                Err(error) => return Err(io("reserve the memory of")(error.into())),
+            }
+        }
+        // SAFETY: the range is exactly the mapping that `shmem` owns.
+        unsafe {
+            rustix::mm::madvise(shmem.as_ptr().cast(), shmem.len(), rustix::mm::Advice::LinuxDontFork)
+                .map_err(|e| io("advise")(e.into()))?;
+        }
+        let owner = SegmentOwner { shmem, name: name.to_owned(), object, layout };
+        owner.format().map_err(io("format"))?;
+        Ok(owner)
+    }
+
+    /// Fills the header in, `magic` last. All else starts as zeros, which `fallocate` gave.
+    fn format(&self) -> io::Result<()> {
+        let control = View::map(&self.object, 0, self.layout.control, Access::Write)?;
+        let header: &Header = control.at(0);
+        let Geometry { items, fronts, workers, pools, request_bytes, result_bytes } = self.layout.geometry;
+        header.abi.store(ABI, Relaxed);
+        header.creator_pid.store(std::process::id(), Relaxed);
+        header.creator_start.store(process::start_time(std::process::id())?, Relaxed);
+        for (word, value) in header.boot_id.iter().zip(process::boot_id()?) {
+            word.store(value, Relaxed);
+        }
+        header.layout_hash.store(self.layout.hash(), Relaxed);
+        for (word, value) in header.counts.iter().zip([items, fronts, workers, pools]) {
+            word.store(value, Relaxed);
+        }
+        for (word, value) in header.arena_bytes.iter().zip([request_bytes, result_bytes]) {
+            word.store(value, Relaxed);
+        }
+        // SAFETY: the gate's block is 128 bytes of the header, which is mapped; an event needs `size_of` of them, two.
+        unsafe { BusyEvent::new(header.gate.as_ptr().cast_mut().cast(), false) }
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        // S0: pairs with S0' in `attach` and `inspect`.
+        header.magic.store(MAGIC, Release);
+        Ok(())
+    }
+
+    /// The object, for [`Segment::attach`].
+    pub fn object(&self) -> &OwnedFd {
+        &self.object
+    }
+
+    /// Where everything is.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The server's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
+    /// For a forked child, first thing: it must never remove its parent's segment.
+    pub fn disown(&mut self) {
+        self.shmem.set_owner(false);
+    }
+}
+
+fn in_use(name: &str) -> SegmentError {
+    SegmentError::InUse { name: name.to_owned(), pid: inspect(name).ok().and_then(|info| info.creator) }
+}
+
+/// Removes a segment whose server is dead; an error if it is not, or if the object is not one of ours.
+fn remove_stale(name: &str) -> Result<(), SegmentError> {
+    let info = match inspect(name) {
+        Err(SegmentError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        info => info?,
+    };
+    if info.alive {
+        return Err(SegmentError::InUse { name: name.to_owned(), pid: info.creator });
+    }
+    tracing::warn!(name, creator = info.creator, "removed the segment that a dead server left behind");
+    match shm::unlink(os_id(name)) {
+        Ok(()) | Err(Errno::NOENT) => Ok(()),
+        Err(error) => Err(SegmentError::Io { what: "remove", name: name.to_owned(), error: error.into() }),
+    }
+}
+
+/// What can be told of a segment from outside.
+#[derive(Clone, Debug)]
+pub struct SegmentInfo {
+    /// Whether its server, or any child of it, lives.
+    pub alive: bool,
+    /// The supervisor's pid, once the header is written.
+    pub creator: Option<NonZeroU32>,
+    /// Bytes of the object.
+    pub size: u64,
+    /// Its ABI version, once the header is written.
+    pub abi: Option<NonZeroU32>,
+}
+
+/// Looks at a segment by name, with a read-only view of its header.
+pub fn inspect(name: &str) -> Result<SegmentInfo, SegmentError> {
+    let io = |what| move |error: io::Error| SegmentError::Io { what, name: name.to_owned(), error };
+    let object = shm::open(os_id(name), shm::OFlags::RDONLY, Mode::empty()).map_err(|e| io("open")(e.into()))?;
+    let alive = match flock(&object, FlockOperation::NonBlockingLockShared) {
+        Ok(()) => false,
+        Err(Errno::WOULDBLOCK) => true,
+        Err(error) => return Err(io("lock")(error.into())),
+    };
+    let size = fstat(&object).map_err(|e| io("look at")(e.into()))?.st_size as u64;
+    let mut info = SegmentInfo { alive, creator: None, size, abi: None };
+    if size >= PAGE {
+        let view = View::map(&object, 0, PAGE, Access::Read).map_err(io("map"))?;
+        let header: &Header = view.at(0);
+        match header.magic.load(Acquire) {
+            // S0': the rest of the header is there.
+            MAGIC => {
+                info.creator = NonZeroU32::new(header.creator_pid.load(Relaxed));
+                info.abi = NonZeroU32::new(header.abi.load(Relaxed));
+            }
+            // Being made, or its maker died before it was.
+            0 => {}
+            _ => return Err(SegmentError::Foreign { name: name.to_owned(), why: "it has another magic number" }),
+        }
+    }
+    Ok(info)
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Access {
+    Read,
+    Write,
+}
+
+/// A mapping of a page-aligned part of the object.
+#[derive(Debug)]
+struct View {
+    map: MmapRaw,
+}
+
+impl View {
+    fn map(object: &impl AsFd, offset: u64, len: u64, access: Access) -> io::Result<Self> {
+        let file = File::from(object.as_fd().try_clone_to_owned()?);
+        let mut options = MmapOptions::new();
+        options.offset(offset).len(usize::try_from(len).map_err(io::Error::other)?);
+        let map = match access {
+            Access::Read => options.map_raw_read_only(&file)?,
+            Access::Write => options.map_raw(&file)?,
+        };
+        map.advise(Advice::DontFork)?;
+        Ok(View { map })
+    }
+
+    fn slice<T: Shared>(&self, offset: u64, len: usize) -> &[T] {
+        let offset = offset as usize;
+        assert!(offset % align_of::<T>() == 0, "misaligned");
+        let end = size_of::<T>().checked_mul(len).and_then(|bytes| bytes.checked_add(offset));
+        assert!(end.is_some_and(|end| end <= self.map.len()), "outside of the view");
+        // SAFETY: in bounds and aligned (the mapping is page-aligned), as just checked; the memory lives as long as
+        // `self`; `Shared` types are valid for any bits and may be changed by others while we look.
+        unsafe { slice::from_raw_parts(self.map.as_ptr().add(offset).cast(), len) }
+    }
+
+    fn at<T: Shared>(&self, offset: u64) -> &T {
+        &self.slice(offset, 1)[0]
+    }
+}
+
+/// One process's views of the segment.
+#[derive(Debug)]
+pub struct Segment {
+    layout: Layout,
+    control: View,
+    requests: Option<View>,
+    results: Option<View>,
+    /// Offset of `results` in the object: a worker maps its own partition only.
+    results_at: u64,
+    /// The records, looked up once.
+    items: *const ItemRecord,
+}
+
+// SAFETY: the mappings belong to the process, not to a thread; everything reachable through them by shared reference is
+// atomic, or guarded by the arena's rules. `items` points into `control`.
+unsafe impl Send for Segment {}
+// SAFETY: as above.
+unsafe impl Sync for Segment {}
+
+impl Segment {
+    /// Maps what a participant in `slot` may see. The object is the creator's or inherited; its header is checked
+    /// and its geometry copied, and never looked at again.
+    pub fn attach(object: &impl AsFd, name: &str, slot: Slot) -> Result<Self, SegmentError> {
+        let io = |what| move |error: io::Error| SegmentError::Io { what, name: name.to_owned(), error };
+        let foreign = |why| SegmentError::Foreign { name: name.to_owned(), why };
+        let size = fstat(object).map_err(|e| io("look at")(e.into()))?.st_size as u64;
+        if size < PAGE {
+            return Err(foreign("it is too small"));
+        }
+        let view = View::map(object, 0, PAGE, Access::Read).map_err(io("map"))?;
+        let header: &Header = view.at(0);
+        // S0': pairs with S0 in `format`.
+        if header.magic.load(Acquire) != MAGIC {
+            return Err(foreign("it has no header"));
+        }
+        if header.abi.load(Relaxed) != ABI {
+            return Err(foreign("it has another ABI version"));
+        }
+        let [items, fronts, workers, pools] = [0, 1, 2, 3].map(|i| header.counts[i].load(Relaxed));
+        let [request_bytes, result_bytes] = [0, 1].map(|i| header.arena_bytes[i].load(Relaxed));
+        let layout = Layout::of(Geometry { items, fronts, workers, pools, request_bytes, result_bytes })?;
+        if layout.total != size || layout.hash() != header.layout_hash.load(Relaxed) {
+            return Err(foreign("it has another layout"));
+        }
+        layout.participant(slot).ok_or_else(|| foreign("it has no such slot"))?;
+
+        let map = |offset, len, access| View::map(object, offset, len, access).map_err(io("map"));
+        let control = map(0, layout.control, Access::Write)?;
+        let requests_len = layout.results - layout.requests;
+        let (requests, results, results_at) = match slot {
+            Slot::Supervisor => (None, None, layout.results),
+            Slot::Front(_) => (
+                Some(map(layout.requests, requests_len, Access::Write)?),
+                Some(map(layout.results, layout.total - layout.results, Access::Read)?),
+                layout.results,
+            ),
+            Slot::Worker(n) => {
+                let at = layout.results + u64::from(n) * layout.geometry.result_bytes;
+                (
+                    Some(map(layout.requests, requests_len, Access::Read)?),
+                    Some(map(at, layout.geometry.result_bytes, Access::Write)?),
+                    at,
+                )
+            }
+        };
+        let items = control.slice::<ItemRecord>(layout.items, layout.geometry.items as usize).as_ptr();
+        Ok(Segment { layout, control, requests, results, results_at, items })
+    }
+
+    fn header(&self) -> &Header {
+        self.control.at(0)
+    }
+
+    /// Where everything is.
+    pub fn layout(&self) -> &Layout {
+        &self.layout
+    }
+
+    /// The geometry, as it was at attach.
+    pub fn geometry(&self) -> &Geometry {
+        &self.layout.geometry
+    }
+
+    /// The record of an item.
+    ///
+    /// # Panics
+    ///
+    /// If the index is out of range: whoever reads an index from shared memory checks it first.
+    #[inline]
+    pub fn item(&self, index: u32) -> &ItemRecord {
+        assert!(index < self.layout.geometry.items, "no such item");
+        // SAFETY: `items` is the start of a slice of that many records inside `control`, which lives as long as `self`.
+        unsafe { &*self.items.add(index as usize) }
+    }
+
+    /// The lane of a pool and priority.
+    pub fn lane(&self, lane: u32) -> Lane<'_> {
+        assert!(lane < self.layout.geometry.pools * PRIORITIES, "no such lane");
+        let at = self.layout.lanes + u64::from(lane) * self.layout.lane_stride;
+        let cells = self.control.slice(at + 2 * BLOCK, self.layout.lane_cells());
+        Lane::new(self.control.at(at), self.control.at(at + BLOCK), cells)
+    }
+
+    fn return_ring(&self, worker: u16, front: u16) -> (&AtomicU64, &[AtomicU64]) {
+        let Geometry { workers, fronts, .. } = self.layout.geometry;
+        assert!(u32::from(worker) < workers && u32::from(front) < fronts, "no such return ring");
+        let ring = u64::from(worker) * u64::from(fronts) + u64::from(front);
+        let at = self.layout.returns + ring * self.layout.return_stride;
+        (self.control.at(at), self.control.slice(at + BLOCK, self.layout.return_entries()))
+    }
+
+    /// The worker's end of the return ring between the two. There must be one at a time.
+    pub fn producer(&self, worker: u16, front: u16) -> Producer<'_> {
+        let (head, entries) = self.return_ring(worker, front);
+        Producer::resume(head, entries)
+    }
+
+    /// The front's end of the return ring between the two. There must be one at a time.
+    pub fn consumer(&self, worker: u16, front: u16) -> Consumer<'_> {
+        let (head, entries) = self.return_ring(worker, front);
+        Consumer::resume(head, entries)
+    }
+
+    /// The idle bitmap of a pool: a bit for each of its workers, from its first.
+    pub fn idle(&self, pool: u16) -> Sleepers<'_> {
+        assert!(u32::from(pool) < self.layout.geometry.pools, "no such pool");
+        let words = (MAX_POOL_WORKERS / 64) as usize;
+        Sleepers::new(self.control.slice(self.layout.idle + u64::from(pool) * BLOCK, words))
+    }
+
+    fn door(&self, slot: Slot) -> &Door {
+        let Some(n) = self.layout.participant(slot) else { panic!("no such participant") };
+        self.control.at(self.layout.doorbells + n * BLOCK)
+    }
+
+    /// Whether a participant sleeps for something that is not in a lane: bit 0.
+    pub fn sleeping(&self, slot: Slot) -> Sleepers<'_> {
+        Sleepers::new(&self.door(slot).sleeping)
+    }
+
+    /// A front's note that a return ring was full.
+    pub fn rescan(&self, front: u16) -> &AtomicU64 {
+        &self.door(Slot::Front(front)).rescan
+    }
+
+    fn registration(&self, slot: Slot) -> &Registration {
+        let Some(n) = self.layout.participant(slot) else { panic!("no such participant") };
+        self.control.at(self.layout.registry + n * BLOCK)
+    }
+
+    /// What the registry says of a slot.
+    pub fn liveness(&self, slot: Slot) -> Liveness {
+        let line = self.registration(slot);
+        match line.state.load(Acquire) {
+            0 => Liveness::Free,
+            1 => Liveness::Live(line.pid.load(Relaxed)),
+            _ => Liveness::Dead,
+        }
+    }
+
+    /// The supervisor's: what is in the slot now. Whoever looks at the registry is told by the epoch.
+    pub fn set_liveness(&self, slot: Slot, liveness: Liveness) {
+        let line = self.registration(slot);
+        let state = match liveness {
+            Liveness::Free => 0,
+            Liveness::Live(pid) => {
+                line.pid.store(pid, Relaxed);
+                // Unreadable only if the process is gone already, and then its death is about to be seen.
+                line.start.store(process::start_time(pid).unwrap_or(0), Relaxed);
+                1
+            }
+            Liveness::Dead => 2,
+        };
+        line.state.store(state, Release);
+        self.header().epoch.fetch_add(1, Release);
+    }
+
+    /// Counts the changes of the registry and of the draining flag.
+    pub fn epoch(&self) -> u32 {
+        self.header().epoch.load(Acquire)
+    }
+
+    /// Whether the server drains: workers end when there is nothing left, the front takes nothing new.
+    pub fn draining(&self) -> bool {
+        self.header().draining.load(Acquire) != 0
+    }
+
+    /// The supervisor's: from now on the server drains.
+    pub fn drain(&self) {
+        self.header().draining.store(1, Release);
+        self.header().epoch.fetch_add(1, Release);
+    }
+
+    fn gate(&self) -> Box<dyn EventImpl> {
+        let gate = self.header().gate.as_ptr().cast_mut().cast();
+        // SAFETY: `format` made an event here. It consists of an atomic byte and one that never changes, so that any
+        // number of processes may look at it at once; nobody can die holding it, unlike a pthread condition.
+        match unsafe { BusyEvent::from_existing(gate) } {
+            Ok((event, _)) => event,
+            // It refuses bytes above 1, which only a scribbling process can have put there; nobody else needs the gate.
+            Err(_) => std::process::abort(),
+        }
+    }
+
+    /// The supervisor's, once: everybody is forked and registered, begin.
+    pub fn open_gate(&self) {
+        // G0: the event itself is relaxed. Pairs with G0'.
+        fence(SeqCst);
+        let _ = self.gate().set(EventState::Signaled);
+    }
+
+    /// A child's, once, before anything else: waits until the supervisor has opened the gate.
+    pub fn pass_gate(&self) {
+        let gate = self.gate();
+        // The event busy-waits: short turns, so that the supervisor gets the core if there is only one.
+        while gate.wait(Timeout::Val(Duration::from_micros(20))).is_err() {
+            std::thread::yield_now();
+        }
+        // G0'.
+        fence(SeqCst);
+    }
+
+    /// Where `len` bytes at `offset` of a front's request partition are, if they are in it.
+    pub(crate) fn request(&self, front: u16, offset: u64, len: u64) -> Option<*mut u8> {
+        let bytes = self.layout.geometry.request_bytes;
+        let view = self.requests.as_ref()?;
+        if u32::from(front) >= self.layout.geometry.fronts || offset.checked_add(len)? > bytes {
+            return None;
+        }
+        // SAFETY: the partition is inside the view, and offset + len is inside the partition.
+        Some(unsafe { view.map.as_mut_ptr().add((u64::from(front) * bytes + offset) as usize) })
+    }
+
+    /// Where `len` bytes at `offset` of a worker's result partition are, if they are in it and it is mapped here.
+    pub(crate) fn result(&self, worker: u16, offset: u64, len: u64) -> Option<*mut u8> {
+        let bytes = self.layout.geometry.result_bytes;
+        let view = self.results.as_ref()?;
+        if u32::from(worker) >= self.layout.geometry.workers || offset.checked_add(len)? > bytes {
+            return None;
+        }
+        let at = (self.layout.results + u64::from(worker) * bytes + offset).checked_sub(self.results_at)? as usize;
+        if at + len as usize > view.map.len() {
+            return None;
+        }
+        // SAFETY: at + len is inside the view, as just checked.
+        Some(unsafe { view.map.as_mut_ptr().add(at) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn geometry() -> Geometry {
+        Geometry { items: 64, fronts: 1, workers: 2, pools: 1, request_bytes: 1 << 16, result_bytes: 1 << 16 }
+    }
+
+    fn name(test: &str) -> String {
+        format!("unit-{test}-{}", std::process::id())
+    }
+
+    #[test]
+    fn attaches_and_is_removed_with_its_owner() {
+        let name = name("attach");
+        let owner = SegmentOwner::create(&name, geometry()).unwrap();
+        let front = Segment::attach(owner.object(), &name, Slot::Front(0)).unwrap();
+        let worker = Segment::attach(owner.object(), &name, Slot::Worker(1)).unwrap();
+        assert_eq!(front.geometry(), worker.geometry());
+        front.set_liveness(Slot::Worker(1), Liveness::Live(7));
+        assert_eq!(worker.liveness(Slot::Worker(1)), Liveness::Live(7));
+        assert!(worker.result(1, 0, 1 << 16).is_some());
+        assert!(worker.result(0, 0, 1).is_none(), "another worker's partition is not even mapped");
+        assert!(worker.result(1, 1, 1 << 16).is_none());
+        assert!(worker.request(0, u64::MAX, 2).is_none());
+        let info = inspect(&name).unwrap();
+        assert!(info.alive);
+        assert_eq!(info.creator.map(NonZeroU32::get), Some(std::process::id()));
+        drop(owner);
+        assert!(inspect(&name).is_err());
+    }
+
+    #[test]
+    fn a_live_name_is_refused_and_a_stale_one_reused() {
+        let name = name("stale");
+        let mut owner = SegmentOwner::create(&name, geometry()).unwrap();
+        let error = SegmentOwner::create(&name, geometry()).err().unwrap();
+        assert!(
+            matches!(error, SegmentError::InUse { pid: Some(pid), .. } if pid.get() == std::process::id()),
+            "{error}"
+        );
+        owner.disown();
+        drop(owner);
+        assert!(!inspect(&name).unwrap().alive);
+        drop(SegmentOwner::create(&name, geometry()).unwrap());
+        assert!(inspect(&name).is_err());
+    }
+
+    #[test]
+    fn garbage_is_refused() {
+        let name = name("garbage");
+        let owner = SegmentOwner::create(&name, geometry()).unwrap();
+        let attach = || Segment::attach(owner.object(), &name, Slot::Worker(0)).err().map(|e| e.to_string());
+        assert_eq!(attach(), None);
+        let view = View::map(owner.object(), 0, PAGE, Access::Write).unwrap();
+        let header: &Header = view.at(0);
+        for (word, bad) in [(&header.abi, ABI + 1), (&header.counts[2], 3), (&header.counts[0], 0)] {
+            let good = word.swap(bad, Relaxed);
+            assert!(attach().is_some());
+            word.store(good, Relaxed);
+        }
+        header.magic.store(1, Relaxed);
+        assert!(attach().is_some());
+        assert!(matches!(SegmentOwner::create(&name, geometry()), Err(SegmentError::Foreign { .. })));
+    }
+
+    #[test]
+    fn more_than_there_is_says_how_much() {
+        let name = name("huge");
+        let fs = statvfs(DIRECTORY).unwrap();
+        let geometry = Geometry { request_bytes: fs.f_blocks * fs.f_frsize + (1 << 30), ..geometry() };
+        let error = SegmentOwner::create(&name, geometry).err().unwrap();
+        assert!(matches!(error, SegmentError::NoSpace { .. }), "{error}");
+        assert!(inspect(&name).is_err(), "nothing is left behind");
+    }
+}
