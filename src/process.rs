@@ -22,7 +22,6 @@ use nix::unistd::ForkResult;
 use rustix::{
     io::Errno,
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
-    thread::ClockId,
 };
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
@@ -126,10 +125,19 @@ impl Child {
         }
     }
 
+    /// How the child died, waiting for its death if need be; it stays a zombie, and its pid its own.
+    pub fn peek(&self) -> io::Result<ExitStatus> {
+        self.wait(WaitIdOptions::EXITED | WaitIdOptions::NOWAIT)
+    }
+
     /// Reaps the child, waiting for its death if need be. Only now may its pid be reused.
     pub fn reap(self) -> io::Result<ExitStatus> {
+        self.wait(WaitIdOptions::EXITED)
+    }
+
+    fn wait(&self, options: WaitIdOptions) -> io::Result<ExitStatus> {
         loop {
-            match rustix::process::waitid(WaitId::Pid(self.pid), WaitIdOptions::EXITED) {
+            match rustix::process::waitid(WaitId::Pid(self.pid), options) {
                 Ok(Some(status)) => {
                     let raw = match (status.exit_status(), status.terminating_signal()) {
                         (Some(code), _) => code << 8,

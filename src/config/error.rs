@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-use super::{ByteSize, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS};
+use super::ByteSize;
+use crate::segment::{MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS};
 
 /// Why a configuration was refused: what is wrong and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,9 @@ pub enum ConfigError {
     /// No gRPC message can be that large, or none fits at all.
     #[error("max_message is {0}: choose from 1 byte to just under 4GiB, the most that gRPC can carry")]
     MaxMessage(ByteSize),
+    /// A partition smaller than a page, or larger than can be managed.
+    #[error("arena is {0}: choose from 4KiB to 64GiB")]
+    ArenaBounds(ByteSize),
     /// The largest message would not fit the arena.
     #[error(
         "max_message is {max_message}, which needs an arena of {needed}, but arena is {arena}: raise arena to {needed} or lower max_message to {fits}"

@@ -117,10 +117,22 @@ struct Header {
     _gap: [AtomicU64; 5],
     /// The start gate, in a block of its own.
     gate: [AtomicU64; 16],
-    /// Written by the supervisor, read by all: nonzero once the server drains.
-    draining: AtomicU32,
+    /// Written by the supervisor, read by all: a [`Stage`].
+    stage: AtomicU32,
     /// Counts the changes of the registry.
     epoch: AtomicU32,
+}
+
+/// How far a server is on its way to the end. It never goes back.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Stage {
+    /// Work is taken.
+    Serving = 0,
+    /// Fronts take nothing new, finish what they have, and end.
+    Draining = 1,
+    /// Workers end when their lanes are empty.
+    Stopping = 2,
 }
 
 /// What the registry says of a participant slot.
@@ -496,6 +508,13 @@ impl Segment {
         Sleepers::new(self.control.slice(self.layout.idle + u64::from(pool) * BLOCK, words))
     }
 
+    /// The workers of a pool that spin, a bit each as in its idle bitmap. Only a matter of speed.
+    pub fn spinning(&self, pool: u16) -> &[AtomicU64] {
+        assert!(u32::from(pool) < self.layout.geometry.pools, "no such pool");
+        let words = (MAX_POOL_WORKERS / 64) as usize;
+        self.control.slice(self.layout.idle + u64::from(pool) * BLOCK + BLOCK / 2, words)
+    }
+
     fn door(&self, slot: Slot) -> &Door {
         let Some(n) = self.layout.participant(slot) else { panic!("no such participant") };
         self.control.at(self.layout.doorbells + n * BLOCK)
@@ -548,14 +567,18 @@ impl Segment {
         self.header().epoch.load(Acquire)
     }
 
-    /// Whether the server drains: workers end when there is nothing left, the front takes nothing new.
-    pub fn draining(&self) -> bool {
-        self.header().draining.load(Acquire) != 0
+    /// How far the server is on its way to the end.
+    pub fn stage(&self) -> Stage {
+        match self.header().stage.load(Acquire) {
+            0 => Stage::Serving,
+            1 => Stage::Draining,
+            _ => Stage::Stopping,
+        }
     }
 
-    /// The supervisor's: from now on the server drains.
-    pub fn drain(&self) {
-        self.header().draining.store(1, Release);
+    /// The supervisor's: from now on the server is in this stage. Ring everybody after it.
+    pub fn set_stage(&self, stage: Stage) {
+        self.header().stage.store(stage as u32, Release);
         self.header().epoch.fetch_add(1, Release);
     }
 

@@ -65,14 +65,15 @@ pub struct ItemRecord {
     pub request_offset: AtomicU64,
     /// Bytes of payload.
     pub payload_len: AtomicU32,
-    /// Bytes that follow the payload in its block: the subscription, then the metadata.
+    /// Bytes of subscription and metadata: inline behind the payload if they fit, else in a block of their own.
     pub extra_len: AtomicU32,
     /// Of those, bytes of subscription; and, above them, the kind of RPC the item came by.
     pub kind: AtomicU32,
     /// The generation that the client has given up, plus one. Written by the front at any time, read by the handler.
     pub cancelled: AtomicU32,
-    _gap: AtomicU64,
-    /// The payload and what follows it, if both fit.
+    /// Of the block of subscription and metadata, if they are not inline.
+    pub extra_offset: AtomicU64,
+    /// The payload, if it fits, and subscription and metadata, if they fit behind it.
     pub request: Inline,
 
     /// 0, or the google.rpc.Code of the failure; then the result is its reason and message.

@@ -1,0 +1,218 @@
+//! Arenas: the payload memory of a segment, in partitions with exactly one allocating process each.
+//!
+//! # What it promises
+//!
+//! - A partition's allocator is private memory of the process that allocates from it. There is no shared allocator
+//!   state, so a death cannot corrupt any: the successor builds a new allocator around the blocks that the item table
+//!   says are in use.
+//! - Blocks do not overlap, and every access is inside its partition, whatever offset the segment names.
+//!
+//! # Why a slice over shared memory may be handed out
+//!
+//! A block has one owner at a time, and the item's word says who: the front writes a request block only while the
+//! item is FREE, and everybody else only reads it after the word's Release/Acquire; a worker writes a result block
+//! only between its claim and its DONE. So a slice that is borrowed by the rules of [`crate::dispatch`] is not
+//! written under its reader. Requests are mapped read-only in workers, and a worker maps no partition but its own,
+//! so a worker that breaks the rules can at worst change the bytes of its own results while they are sent: the reader
+//! copies them to a socket and decides nothing by them.
+#![allow(unsafe_code)]
+
+use std::slice;
+
+use offset_allocator::{Allocation, Allocator};
+
+use crate::segment::{GRANULE, Segment};
+
+/// A block of a partition. Not `Clone`: whoever has it must give it back.
+#[derive(Debug)]
+#[allow(clippy::len_without_is_empty)] // it never is
+pub struct Block {
+    offset: u64,
+    len: u64,
+    gap: usize,
+    allocation: Allocated,
+}
+
+struct Allocated(Allocation);
+
+impl std::fmt::Debug for Allocated {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Allocation")
+    }
+}
+
+impl Block {
+    /// Offset in the partition, in bytes.
+    pub fn offset(&self) -> u64 {
+        self.offset
+    }
+
+    /// Usable bytes: what was asked for, rounded up to whole granules.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+}
+
+/// Bytes of a partition that are in use and not this allocator's to give.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Span {
+    /// Offset in the partition.
+    pub offset: u64,
+    /// Length, more than zero.
+    pub len: u64,
+}
+
+/// The allocator of one partition. Best fit in constant time (Aaltonen's offset allocator, after TLSF).
+pub struct Partition {
+    /// The free ranges around what was in use at the start, each with an allocator; one, if nothing was.
+    gaps: Vec<(u64, Allocator)>,
+    blocks: usize,
+}
+
+impl Partition {
+    /// An allocator of `bytes` of which `used` are taken, for at most `blocks` blocks at a time.
+    pub fn around(bytes: u64, blocks: u32, mut used: Vec<Span>) -> Self {
+        used.sort_unstable_by_key(|span| span.offset);
+        let mut gaps = Vec::new();
+        let mut start = 0;
+        let end = Span { offset: bytes, len: 0 };
+        for span in used.into_iter().chain([end]) {
+            let free = (span.offset.min(bytes) / GRANULE).saturating_sub(start);
+            if let Ok(granules @ 1..) = u32::try_from(free) {
+                // Each block needs a node, and so does each range between blocks.
+                let nodes = granules.min(blocks).saturating_mul(2).saturating_add(4);
+                gaps.push((start, Allocator::with_max_allocs(granules, nodes)));
+            }
+            start = start.max(span.offset.saturating_add(span.len).div_ceil(GRANULE));
+        }
+        Partition { gaps, blocks: 0 }
+    }
+
+    /// A block of at least `len` bytes, or none if there is no room.
+    pub fn allocate(&mut self, len: u64) -> Option<Block> {
+        let granules = u32::try_from(len.div_ceil(GRANULE).max(1)).ok()?;
+        self.gaps.iter_mut().enumerate().find_map(|(gap, (start, allocator))| {
+            let allocation = allocator.allocate(granules)?;
+            self.blocks += 1;
+            let offset = (*start + u64::from(allocation.offset)) * GRANULE;
+            let len = u64::from(granules) * GRANULE;
+            Some(Block { offset, len, gap, allocation: Allocated(allocation) })
+        })
+    }
+
+    /// Gives a block back.
+    pub fn free(&mut self, block: Block) {
+        self.blocks -= 1;
+        self.gaps[block.gap].1.free(block.allocation.0);
+    }
+
+    /// Blocks that were allocated and not given back.
+    pub fn blocks(&self) -> usize {
+        self.blocks
+    }
+}
+
+/// The largest partition's block that always fits an empty partition of so many bytes: the allocator rounds a request
+/// up to the next of eight sizes per power of two, and the free range down.
+pub fn largest_block(partition: u64) -> u64 {
+    let granules = partition / GRANULE;
+    if granules < 16 {
+        return granules * GRANULE;
+    }
+    let step = 1 << (granules.ilog2() - 3);
+    granules / step * step * GRANULE
+}
+
+impl Segment {
+    /// Copies bytes into a front's request partition: only by that front, into a block it has not offered yet.
+    pub(crate) fn write_request(&self, front: u16, offset: u64, bytes: &[u8]) -> bool {
+        let Some(at) = self.request(front, offset, bytes.len() as u64) else { return false };
+        // SAFETY: `at` is good for so many bytes in this process's writable view; they are shared memory, so they do
+        // not overlap `bytes`; the block is the caller's, so nobody reads them yet.
+        unsafe { at.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        true
+    }
+
+    /// Looks at a request's bytes: by the front while it owns the item, by a worker that has claimed it.
+    pub(crate) fn read_request(&self, front: u16, offset: u64, len: u64) -> Option<&[u8]> {
+        let at = self.request(front, offset, len)?;
+        // SAFETY: in bounds and mapped as long as `self`. Not written while the item is claimed: see the module's head.
+        Some(unsafe { slice::from_raw_parts(at, len as usize) })
+    }
+
+    /// A worker's own result block, for writing between claim and DONE.
+    ///
+    /// The caller has the block's only owner borrowed mutably: `block` is that proof.
+    pub(crate) fn write_result<'a>(&'a self, worker: u16, block: &'a mut Block, len: u64) -> Option<&'a mut [u8]> {
+        let at = if len <= block.len { self.result(worker, block.offset, len)? } else { return None };
+        // SAFETY: in bounds, in the writable view of this process, which is the partition's only writer; blocks do not
+        // overlap and this one is borrowed mutably, so there is no other reference.
+        Some(unsafe { slice::from_raw_parts_mut(at, len as usize) })
+    }
+
+    /// Looks at a result's bytes: by the front between DONE and FREE.
+    pub(crate) fn read_result(&self, worker: u16, offset: u64, len: u64) -> Option<&[u8]> {
+        let at = self.result(worker, offset, len)?;
+        // SAFETY: in bounds and mapped as long as `self`. The worker does not write it while the item is DONE by it:
+        // see the module's head.
+        Some(unsafe { slice::from_raw_parts(at, len as usize) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        /// Whatever is allocated and freed, in whatever order, around whatever was in use: nothing overlaps.
+        #[test]
+        fn blocks_never_overlap(
+            used in prop::collection::vec((0..200u64, 1..2000u64), 0..6),
+            steps in prop::collection::vec((any::<bool>(), 0..20_000u64, any::<prop::sample::Index>()), 1..200),
+        ) {
+            const BYTES: u64 = 1 << 18;
+            let used: Vec<_> = used.into_iter().map(|(at, len)| Span { offset: at * 1024, len }).collect();
+            let mut partition = Partition::around(BYTES, 64, used.clone());
+            let mut held: Vec<(Block, u64)> = Vec::new();
+            for (allocate, len, which) in steps {
+                if allocate {
+                    if let Some(block) = partition.allocate(len) {
+                        prop_assert!(block.offset() % GRANULE == 0);
+                        prop_assert!(block.offset() + len <= BYTES);
+                        let overlaps = |offset: u64, n: u64| block.offset() < offset + n && offset < block.offset() + len.max(1);
+                        prop_assert!(!used.iter().any(|s| overlaps(s.offset, s.len)));
+                        prop_assert!(!held.iter().any(|(b, n)| overlaps(b.offset(), (*n).max(1))));
+                        held.push((block, len));
+                    }
+                } else if !held.is_empty() {
+                    let (block, _) = held.swap_remove(which.index(held.len()));
+                    partition.free(block);
+                }
+                prop_assert_eq!(partition.blocks(), held.len());
+            }
+        }
+
+        #[test]
+        fn the_largest_block_fits(pages in 1..100_000u64) {
+            let bytes = pages * 4096;
+            let largest = largest_block(bytes);
+            prop_assert!(largest * 9 >= bytes * 8 - 8 * GRANULE);
+            let mut partition = Partition::around(bytes, 4, vec![]);
+            let block = partition.allocate(largest);
+            prop_assert!(block.is_some());
+            partition.free(block.unwrap());
+            prop_assert!(partition.allocate(largest).is_some(), "and again after it was freed");
+        }
+    }
+
+    #[test]
+    fn a_partition_in_full_use_has_nothing_to_give() {
+        let mut partition = Partition::around(4096, 4, vec![Span { offset: 0, len: 4096 }]);
+        assert!(partition.allocate(1).is_none());
+        // What a scribbled table may claim to be in use.
+        let mut partition = Partition::around(4096, 4, vec![Span { offset: u64::MAX - 1, len: u64::MAX }]);
+        assert!(partition.allocate(4096).is_some());
+    }
+}

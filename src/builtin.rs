@@ -1,0 +1,89 @@
+//! The handlers that come along: `echo`, `sha256`, `sleep:DURATION`, `exec:COMMAND…`.
+
+mod exec;
+
+use std::{str::FromStr, thread, time::Duration};
+
+use sha2::{Digest, Sha256};
+
+use crate::{
+    config::parse_duration,
+    handler::{Failure, Handler, Item, Reply},
+};
+
+/// A handler named on the command line or in a configuration file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Builtin {
+    /// The result is the payload.
+    Echo,
+    /// The result is the 32 bytes of the payload's SHA-256.
+    Sha256,
+    /// The result is the payload, after a while: for load tests.
+    Sleep(Duration),
+    /// A fresh process for each item: payload on stdin, result from stdout.
+    Exec(Vec<String>),
+}
+
+/// Why there is no such handler.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum BuiltinError {
+    #[error("unknown handler `{0}`: there are echo, sha256, sleep:DURATION and exec:COMMAND")]
+    Unknown(String),
+    #[error("`{0}` is no duration: write sleep:10ms or sleep:1.5s")]
+    Duration(String),
+    #[error("exec: names no command: write exec:COMMAND ARGUMENTS, as in `exec:wc -c`")]
+    Command,
+    #[error("exec: `{0}` has a quote that is not closed")]
+    Quote(String),
+}
+
+impl FromStr for Builtin {
+    type Err = BuiltinError;
+
+    fn from_str(text: &str) -> Result<Self, Self::Err> {
+        match text.split_once(':') {
+            None if text == "echo" => Ok(Builtin::Echo),
+            None if text == "sha256" => Ok(Builtin::Sha256),
+            Some(("sleep", time)) => {
+                parse_duration(time).map(Builtin::Sleep).map_err(|_| BuiltinError::Duration(time.to_owned()))
+            }
+            Some(("exec", command)) => exec::split(command).map(Builtin::Exec),
+            _ => Err(BuiltinError::Unknown(text.to_owned())),
+        }
+    }
+}
+
+impl Handler for Builtin {
+    fn handle(&mut self, item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+        match self {
+            Builtin::Echo => reply.write(item.payload())?,
+            Builtin::Sha256 => reply.write(&Sha256::digest(item.payload()))?,
+            Builtin::Sleep(time) => {
+                // The one handler whose work is to wait.
+                thread::sleep(*time);
+                reply.write(item.payload())?;
+            }
+            Builtin::Exec(command) => exec::run(command, item, reply)?,
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn parses_what_the_command_line_says() {
+        assert_eq!("echo".parse(), Ok(Builtin::Echo));
+        assert_eq!("sleep:10ms".parse(), Ok(Builtin::Sleep(Duration::from_millis(10))));
+        let exec = |words: &[&str]| Ok(Builtin::Exec(words.iter().map(ToString::to_string).collect()));
+        assert_eq!("exec:tr a-z A-Z".parse(), exec(&["tr", "a-z", "A-Z"]));
+        assert_eq!("exec:sh -c 'a \"b\" | c' \"d e\"".parse(), exec(&["sh", "-c", "a \"b\" | c", "d e"]));
+        assert_eq!("exec:".parse::<Builtin>(), Err(BuiltinError::Command));
+        assert!(matches!("exec:a 'b".parse::<Builtin>(), Err(BuiltinError::Quote(_))));
+        assert!(matches!("sleep:soon".parse::<Builtin>(), Err(BuiltinError::Duration(_))));
+        assert!(matches!("nope".parse::<Builtin>(), Err(BuiltinError::Unknown(_))));
+    }
+}

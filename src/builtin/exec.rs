@@ -1,0 +1,162 @@
+//! `exec:COMMAND…`: any program is a worker with no SDK. It gets the item on stdin, and what it writes to stdout is the
+//! result; a non-zero exit is the item's failure, with the end of stderr.
+//!
+//! All three pipes are served by one `poll`, so that no program can block by writing much before it has read all, or the
+//! other way round. The program dies with its worker; one whose item is cancelled, or that writes more than a result
+//! may have, is killed.
+
+use std::{
+    io::{self, Read, Write},
+    os::fd::AsFd,
+    process::{Child, Command, Stdio},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    fs::{OFlags, fcntl_getfl, fcntl_setfl},
+    io::Errno,
+};
+use tonic::Code;
+
+use super::BuiltinError;
+use crate::{
+    handler::{Failure, Item, Reply},
+    process::dies_with_us,
+};
+
+/// Bytes of stderr that are kept.
+const TAIL: usize = 1024;
+/// How often a running program's item is asked whether it was cancelled.
+const CANCEL_CHECK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+
+/// Splits a command line into words, with quotes as in a shell and nothing else of a shell's.
+pub fn split(line: &str) -> Result<Vec<String>, BuiltinError> {
+    let mut words = Vec::new();
+    let mut word: Option<String> = None;
+    let mut quote = None;
+    for c in line.chars() {
+        match quote {
+            Some(open) if c == open => quote = None,
+            Some(_) => word.get_or_insert_default().push(c),
+            None if c == '\'' || c == '"' => {
+                quote = Some(c);
+                word.get_or_insert_default();
+            }
+            None if c.is_whitespace() => words.extend(word.take()),
+            None => word.get_or_insert_default().push(c),
+        }
+    }
+    if quote.is_some() {
+        return Err(BuiltinError::Quote(line.to_owned()));
+    }
+    words.extend(word);
+    if words.is_empty() { Err(BuiltinError::Command) } else { Ok(words) }
+}
+
+pub fn run(command: &[String], item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    let Some((program, arguments)) = command.split_first() else {
+        return Err(Failure::handler(BuiltinError::Command));
+    };
+    let mut command = Command::new(program);
+    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let child = dies_with_us(&mut command).spawn();
+    let child = child.map_err(|error| {
+        Failure::new(Code::FailedPrecondition, "EXEC_FAILED", format_args!("cannot run `{program}`: {error}"))
+    })?;
+    let mut child = Running(child);
+    let mut stderr = Vec::new();
+    child.pump(item, reply, &mut stderr)?;
+    let status = child.0.wait()?;
+    if status.success() {
+        return Ok(());
+    }
+    let tail = String::from_utf8_lossy(&stderr);
+    let tail = tail.trim();
+    let colon = if tail.is_empty() { "" } else { ": " };
+    Err(Failure::new(Code::Internal, "EXEC_FAILED", format_args!("`{program}` ended with {status}{colon}{tail}")))
+}
+
+/// A program that is killed and reaped if its item ends before it does.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail if it has been waited for, which is just as well.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+impl Running {
+    /// Feeds stdin and reads the other two until both are closed.
+    fn pump(&mut self, item: &Item<'_>, reply: &mut Reply<'_, '_>, tail: &mut Vec<u8>) -> Result<(), Failure> {
+        let mut stdin = self.0.stdin.take();
+        let mut stdout = self.0.stdout.take();
+        let mut stderr = self.0.stderr.take();
+        for fd in [stdin.as_ref().map(AsFd::as_fd), stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd)]
+        {
+            if let Some(fd) = fd {
+                fcntl_setfl(fd, fcntl_getfl(fd).map_err(io::Error::from)? | OFlags::NONBLOCK)
+                    .map_err(io::Error::from)?;
+            }
+        }
+        let mut input = item.payload();
+        let mut buffer = [0; 64 << 10];
+        while stdout.is_some() || stderr.is_some() {
+            if input.is_empty() {
+                stdin = None;
+            }
+            let mut polls = Vec::with_capacity(3);
+            polls.extend(stdin.as_ref().map(|fd| PollFd::new(fd, PollFlags::OUT)));
+            polls.extend(stdout.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
+            polls.extend(stderr.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
+            match poll(&mut polls, Some(&CANCEL_CHECK)) {
+                Ok(_) | Err(Errno::INTR) => {}
+                Err(error) => return Err(io::Error::from(error).into()),
+            }
+            if item.is_cancelled() {
+                return Err(if item.remaining().is_some_and(|left| left.is_zero()) {
+                    Failure::deadline()
+                } else {
+                    Failure::cancelled()
+                });
+            }
+            if let Some(pipe) = &mut stdin {
+                match pipe.write(input) {
+                    Ok(n) => input = &input[n..],
+                    // It need not read all that it is given.
+                    Err(error) if error.kind() == io::ErrorKind::BrokenPipe => stdin = None,
+                    Err(error) => again(error)?,
+                }
+            }
+            if let Some(n) = read(&mut stdout, &mut buffer)? {
+                reply.write(&buffer[..n])?;
+            }
+            if let Some(n) = read(&mut stderr, &mut buffer)? {
+                tail.extend_from_slice(&buffer[..n]);
+                tail.drain(..tail.len().saturating_sub(TAIL));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Reads what is there; a pipe at its end becomes None.
+fn read<P: Read>(pipe: &mut Option<P>, buffer: &mut [u8]) -> io::Result<Option<usize>> {
+    let Some(open) = pipe else { return Ok(None) };
+    match open.read(buffer) {
+        Ok(0) => {
+            *pipe = None;
+            Ok(None)
+        }
+        Ok(n) => Ok(Some(n)),
+        Err(error) => again(error).map(|()| None),
+    }
+}
+
+fn again(error: io::Error) -> io::Result<()> {
+    match error.kind() {
+        io::ErrorKind::WouldBlock | io::ErrorKind::Interrupted => Ok(()),
+        _ => Err(error),
+    }
+}

@@ -1,0 +1,245 @@
+//! The command line: one file a command, and here what they share.
+//!
+//! Every command ends with 0 (done), 1 (the work failed) or 2 (bad usage, configuration or environment), and says why in
+//! one line on stderr. What a program would read goes to stdout, with `--json` as one object a line.
+
+mod bench;
+mod call;
+mod demo;
+mod doctor;
+mod input;
+mod serve;
+mod show;
+mod submit;
+mod updates;
+
+use std::{
+    env,
+    ffi::OsString,
+    io::{self, Write as _},
+    process::ExitCode,
+};
+
+use clap::{
+    CommandFactory as _, Parser, Subcommand,
+    error::{ContextKind, ContextValue, ErrorKind},
+};
+
+use crate::{
+    client::{Client, ConnectError},
+    config::ConfigError,
+    server::ServerError,
+};
+
+/// A gRPC server whose requests are worked on by processes, over lock-free rings in shared memory.
+#[derive(Debug, Parser)]
+#[command(
+    name = "forkring",
+    version,
+    after_help = "\
+Examples:
+  forkring demo                             see it work: hash many files, check every digest
+  forkring serve --pool hash:4=sha256       a server with four workers that hash
+  forkring call hash README.md              one item in, its result out
+  forkring doctor                           is this machine set up for it?
+
+Exit codes: 0 done, 1 the work failed, 2 bad usage, configuration or environment."
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Serve(Box<serve::ServeArgs>),
+    Call(call::CallArgs),
+    Submit(submit::SubmitArgs),
+    Updates(updates::UpdatesArgs),
+    Demo(demo::DemoArgs),
+    Doctor(doctor::DoctorArgs),
+    Bench(bench::BenchArgs),
+}
+
+/// Runs the command that the process was started with.
+pub fn main() -> ExitCode {
+    let arguments: Vec<OsString> = env::args_os().collect();
+    let cli = match Cli::try_parse_from(&arguments) {
+        Ok(cli) => cli,
+        Err(error) => return refuse(&error, &arguments),
+    };
+    let outcome = match cli.command {
+        Command::Serve(args) => serve::run(*args),
+        Command::Call(args) => call::run(args),
+        Command::Submit(args) => submit::run(args),
+        Command::Updates(args) => updates::run(args),
+        Command::Demo(args) => demo::run(args),
+        Command::Doctor(args) => doctor::run(args),
+        Command::Bench(args) => bench::run(args),
+    };
+    match outcome {
+        Ok(()) => ExitCode::SUCCESS,
+        // `forkring updates | head -1`: the reader has what it wanted.
+        Err(error) if error.is::<StdoutClosed>() => ExitCode::SUCCESS,
+        Err(error) => {
+            say(format_args!("{error:#}"));
+            ExitCode::from(exit_code(&error))
+        }
+    }
+}
+
+fn exit_code(error: &anyhow::Error) -> u8 {
+    let bad_usage = error.is::<BadUsage>()
+        || error.is::<ConfigError>()
+        || error.is::<ServerError>()
+        || matches!(error.downcast_ref(), Some(ConnectError::Address(_)));
+    if bad_usage { 2 } else { 1 }
+}
+
+/// Bad usage, configuration or environment.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+struct BadUsage(String);
+
+/// Whoever read our stdout has gone.
+#[derive(Debug, thiserror::Error)]
+#[error("stdout was closed")]
+struct StdoutClosed;
+
+/// One line on stderr, whatever the message.
+fn say(message: impl std::fmt::Display) {
+    let line = message.to_string().lines().map(str::trim).filter(|l| !l.is_empty()).collect::<Vec<_>>().join(" ");
+    // With no stderr there is nobody to tell.
+    let _ = writeln!(io::stderr(), "forkring: {line}");
+}
+
+/// Writes to stdout at once. Unlike `print!` it does not panic when the reader has gone.
+fn print(bytes: impl AsRef<[u8]>) -> anyhow::Result<()> {
+    let mut stdout = io::stdout().lock();
+    match stdout.write_all(bytes.as_ref()).and_then(|()| stdout.flush()) {
+        Ok(()) => Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => Err(StdoutClosed.into()),
+        Err(error) => Err(anyhow::Error::new(error).context("cannot write to stdout")),
+    }
+}
+
+/// Prints one value as a line of JSON.
+fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
+    print(format!("{}\n", serde_json::to_string(value)?))
+}
+
+/// Where the server is.
+#[derive(Debug, clap::Args)]
+struct Addr {
+    /// The server: HOST:PORT or http://HOST:PORT
+    #[arg(long, env = "FORKRING_ADDR", default_value = "http://127.0.0.1:50051")]
+    addr: String,
+}
+
+impl Addr {
+    /// Runs `work` with a client of that server.
+    fn run<T>(&self, work: impl AsyncFnOnce(Client) -> anyhow::Result<T>) -> anyhow::Result<T> {
+        block_on(async { work(Client::connect(&self.addr).await?).await })
+    }
+}
+
+/// Runs a future on a runtime of this thread.
+fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Result<T> {
+    tokio::runtime::Builder::new_current_thread().enable_all().build()?.block_on(future)
+}
+
+/// Answers what clap could not parse: help in full, anything else in one line.
+fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
+    match error.kind() {
+        ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
+            let _ = error.print();
+            ExitCode::SUCCESS
+        }
+        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
+            let _ = error.print();
+            ExitCode::from(2)
+        }
+        _ => {
+            say(usage_line(error, arguments));
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// Clap's paragraphs as one line: what is wrong, where it came from when that is not the command line, whom to ask.
+fn usage_line(error: &clap::Error, arguments: &[OsString]) -> String {
+    let text = error.render().to_string();
+    let what = text
+        .lines()
+        .map(str::trim)
+        .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
+        .filter(|line| !line.is_empty())
+        .collect::<Vec<_>>()
+        .join(" ");
+    let cli = Cli::command();
+    let command = arguments.get(1).and_then(|name| cli.find_subcommand(name));
+    let origin = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(arg)) => command.and_then(|command| environment_of(command, arg, arguments)),
+        _ => None,
+    };
+    let origin = origin.map(|variable| format!(" (from {variable})")).unwrap_or_default();
+    let name = command.map(|command| format!("{} ", command.get_name())).unwrap_or_default();
+    format!("{}{origin}; see `forkring {name}--help`", what.trim_start_matches("error: "))
+}
+
+/// The variable that gave `arg` (as clap prints it: `--capacity <ITEMS>`) its value, if it was not the command line.
+fn environment_of(command: &clap::Command, arg: &str, arguments: &[OsString]) -> Option<String> {
+    let flag = arg.split([' ', '=']).next()?;
+    let given = |argument: &OsString| argument.to_str().is_some_and(|a| a.split('=').next() == Some(flag));
+    if arguments.iter().any(given) {
+        return None;
+    }
+    let found = command.get_arguments().find(|a| a.get_long().is_some_and(|long| flag == format!("--{long}")))?;
+    found.get_env().filter(|variable| env::var_os(variable).is_some()).map(|v| v.to_string_lossy().into_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_sound() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn every_command_has_help_with_an_example() {
+        for command in Cli::command().get_subcommands_mut() {
+            let help = command.render_long_help().to_string();
+            assert!(help.contains(&format!("forkring {}", command.get_name())), "{help}");
+        }
+    }
+
+    fn line(arguments: &[&str]) -> String {
+        let arguments: Vec<OsString> = ["forkring"].iter().chain(arguments).map(Into::into).collect();
+        usage_line(&Cli::try_parse_from(&arguments).expect_err("bad usage"), &arguments)
+    }
+
+    #[test]
+    fn bad_usage_is_one_line() {
+        assert_eq!(
+            line(&["serve", "--capacity", "x"]),
+            "invalid value 'x' for '--capacity <ITEMS>': invalid digit found in string; see `forkring serve --help`"
+        );
+        assert_eq!(
+            line(&["serve", "--capacitty", "1"]),
+            "unexpected argument '--capacitty' found tip: a similar argument exists: '--capacity'; see `forkring serve --help`"
+        );
+        assert!(line(&["call"]).starts_with("the following required arguments were not provided: <POOL>"));
+        assert!(line(&["nonsense"]).ends_with("see `forkring --help`"));
+    }
+
+    #[test]
+    fn exit_codes_tell_bad_usage_from_failed_work() {
+        assert_eq!(exit_code(&anyhow::anyhow!("the work failed")), 1);
+        assert_eq!(exit_code(&BadUsage("what?".into()).into()), 2);
+        assert_eq!(exit_code(&ConfigError::BodyTimeout.into()), 2);
+        assert_eq!(exit_code(&ConnectError::Address("x".into()).into()), 2);
+        assert_eq!(exit_code(&anyhow::Error::from(BadUsage("what?".into())).context("a file")), 2);
+    }
+}

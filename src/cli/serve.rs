@@ -1,0 +1,288 @@
+//! `forkring serve`: flags over environment over file over defaults, then the server.
+//!
+//! No thread is started here: the supervisor forks, and forks only while it is alone.
+
+use std::{
+    env,
+    io::{self, IsTerminal as _, Write as _},
+    net::SocketAddr,
+    path::PathBuf,
+    time::Duration,
+};
+
+use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
+use tracing_subscriber::EnvFilter;
+
+use super::BadUsage;
+use crate::{
+    config::{ByteSize, Config, LogFormat, PoolSpec, Spin, parse_duration, parse_listen},
+    server::Server,
+};
+
+/// One pool a line; a value that clap splits could not hold a verbatim handler.
+const POOLS: &str = "FORKRING_POOLS";
+/// Which log lines are written, as in `info` or `forkring=debug`.
+const FILTER: &str = "FORKRING_LOG";
+
+/// Serve gRPC; hand each item to a worker process
+#[derive(Debug, Default, clap::Args)]
+#[command(after_help = "\
+Handlers:
+  echo              the item is the result
+  sha256            the result is the item's SHA-256 digest, 32 bytes
+  sleep:DURATION    the item is the result, later (for load tests)
+  exec:COMMAND...   the item on the stdin of a fresh process, its stdout the result
+
+Examples:
+  forkring serve --pool hash:4=sha256
+  forkring serve --pool hash=sha256 --pool 'count=exec:wc -c' --listen 0.0.0.0:50051
+  FORKRING_POOLS='hash:4=sha256' forkring serve
+  forkring serve --config forkring.toml
+
+A file has the same options, with _ for -, and a table for each pool:
+  capacity = 10000
+  arena = \"256MiB\"
+  [[pool]]
+  name = \"hash\"
+  workers = 4
+  handler = \"sha256\"
+
+A flag beats its environment variable, which beats the file; --pool and FORKRING_POOLS replace all of the file's pools.
+FORKRING_LOG chooses the log lines: error, warn, info (the default), debug, trace.
+SIGTERM and SIGINT drain: what was accepted is finished; a second one ends at once.")]
+pub struct ServeArgs {
+    /// Where to serve gRPC; port 0 takes a free one [default: 127.0.0.1:50051]
+    #[arg(long, env = "FORKRING_LISTEN", value_name = "IP:PORT", value_parser = parse_listen)]
+    listen: Option<SocketAddr>,
+
+    /// Name of the server and its segment, /dev/shm/forkring-NAME [default: forkring]
+    #[arg(long, env = "FORKRING_NAME")]
+    name: Option<String>,
+
+    /// A pool of workers and what they run; repeatable [env: FORKRING_POOLS, one pool a line]
+    #[arg(long, value_name = "NAME[:WORKERS]=HANDLER")]
+    pool: Vec<PoolSpec>,
+
+    /// Workers of a pool that names no count [default: one per core]
+    #[arg(long, env = "FORKRING_WORKERS", value_name = "N")]
+    workers: Option<u16>,
+
+    /// How many items may be in the server at a time [default: 16384]
+    #[arg(long, env = "FORKRING_CAPACITY", value_name = "ITEMS")]
+    capacity: Option<u32>,
+
+    /// Payload memory for requests, and of each worker for results [default: 80MiB]
+    #[arg(long, env = "FORKRING_ARENA", value_name = "SIZE")]
+    arena: Option<ByteSize>,
+
+    /// The largest message, at most 8/9 of the arena [default: 64MiB]
+    #[arg(long, env = "FORKRING_MAX_MESSAGE", value_name = "SIZE")]
+    max_message: Option<ByteSize>,
+
+    /// How long to look for work before sleeping: auto, off or a duration [default: auto]
+    #[arg(long, env = "FORKRING_SPIN", value_name = "SPIN")]
+    spin: Option<Spin>,
+
+    /// A TOML file with any of these options
+    #[arg(long, env = "FORKRING_CONFIG", value_name = "FILE")]
+    config: Option<PathBuf>,
+
+    /// How long a drain may take [default: 30s]
+    #[arg(long, env = "FORKRING_GRACE", value_name = "DURATION", value_parser = parse_duration)]
+    grace: Option<Duration>,
+
+    /// How often an item is given to a worker, should workers die of it [default: 3]
+    #[arg(long, env = "FORKRING_MAX_ATTEMPTS", value_name = "N")]
+    max_attempts: Option<u8>,
+
+    /// Submitted items that may be pending or wait for subscribers [default: half the capacity]
+    #[arg(long, env = "FORKRING_OUTBOX", value_name = "ITEMS")]
+    outbox: Option<u32>,
+
+    /// How many clients may be connected at a time [default: 4096]
+    #[arg(long, env = "FORKRING_MAX_CONNECTIONS", value_name = "N")]
+    max_connections: Option<u32>,
+
+    /// How long a client may pause in the middle of a message [default: 10s]
+    #[arg(long, env = "FORKRING_BODY_TIMEOUT", value_name = "DURATION", value_parser = parse_duration)]
+    body_timeout: Option<Duration>,
+
+    /// How log lines look: text or json [default: text]
+    #[arg(long, env = "FORKRING_LOG_FORMAT", value_name = "FORMAT")]
+    log: Option<LogFormat>,
+
+    /// Drain when this process, our parent, ends
+    #[arg(long, hide = true, value_name = "PID")]
+    parent: Option<i32>,
+}
+
+/// Serves until drained.
+pub fn run(mut args: ServeArgs) -> anyhow::Result<()> {
+    if let Some(parent) = args.parent.take() {
+        end_with(parent)?;
+    }
+    let config = args.into_config(variable(POOLS)?.as_deref())?;
+    log_to_stderr(config.log, variable(FILTER)?.as_deref())?;
+    let server = Server::from_config(config)?.bind()?;
+    // For whoever started this with port 0. It may have no interest and have closed its end.
+    let _ = writeln!(io::stdout(), "listening on {}", server.local_addr());
+    server.run()?;
+    Ok(())
+}
+
+impl ServeArgs {
+    /// The file, or the defaults, with these laid over it.
+    fn into_config(self, pools: Option<&str>) -> anyhow::Result<Config> {
+        let mut config = self.config.as_deref().map_or_else(|| Ok(Config::default()), Config::from_file)?;
+        lay(self.listen, &mut config.listen);
+        lay(self.name, &mut config.name);
+        lay(self.workers, &mut config.workers);
+        lay(self.capacity, &mut config.capacity);
+        lay(self.arena, &mut config.arena);
+        lay(self.max_message, &mut config.max_message);
+        lay(self.spin, &mut config.spin);
+        lay(self.grace, &mut config.grace);
+        lay(self.max_attempts, &mut config.max_attempts);
+        lay(self.outbox.map(Some), &mut config.outbox);
+        lay(self.max_connections, &mut config.max_connections);
+        lay(self.body_timeout, &mut config.body_timeout);
+        lay(self.log, &mut config.log);
+        let environment = || pools.unwrap_or_default().lines().filter(|line| !line.trim().is_empty());
+        if !self.pool.is_empty() {
+            config.pools = self.pool;
+        } else if environment().next().is_some() {
+            let parsed: Result<_, _> = environment().map(str::parse).collect();
+            config.pools = parsed.map_err(|error| BadUsage(format!("{POOLS}: {error}")))?;
+        }
+        if config.pools.is_empty() {
+            return Err(BadUsage("there is no pool: give at least one, such as --pool hash=sha256".into()).into());
+        }
+        config.validate()?;
+        Ok(config)
+    }
+}
+
+fn variable(name: &str) -> Result<Option<String>, BadUsage> {
+    match env::var(name) {
+        Ok(value) => Ok(Some(value)),
+        Err(env::VarError::NotPresent) => Ok(None),
+        Err(env::VarError::NotUnicode(_)) => Err(BadUsage(format!("{name} is not UTF-8"))),
+    }
+}
+
+fn lay<T>(given: Option<T>, over: &mut T) {
+    if let Some(given) = given {
+        *over = given;
+    }
+}
+
+/// Asks the kernel for a SIGTERM when the parent ends, so that whoever started us cannot leave us behind, however it dies.
+fn end_with(parent: i32) -> anyhow::Result<()> {
+    set_parent_process_death_signal(Some(Signal::TERM))?;
+    // It may have ended before the kernel was asked.
+    if getppid().map(Pid::as_raw_nonzero).is_none_or(|ppid| ppid.get() != parent) {
+        return Err(BadUsage(format!("process {parent} has ended: nobody is left to serve")).into());
+    }
+    Ok(())
+}
+
+fn log_to_stderr(format: LogFormat, filter: Option<&str>) -> anyhow::Result<()> {
+    let filter = EnvFilter::builder()
+        .parse(filter.filter(|filter| !filter.is_empty()).unwrap_or("info"))
+        .map_err(|error| BadUsage(format!("{FILTER}: {error}; give a level such as info or forkring=debug")))?;
+    let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    match format {
+        LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).init(),
+        LogFormat::Json => lines.json().flatten_event(true).init(),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn file(text: &str) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().expect("a temporary file");
+        file.write_all(text.as_bytes()).expect("a temporary file");
+        file
+    }
+
+    fn pool(text: &str) -> PoolSpec {
+        text.parse().expect("the test's own pool")
+    }
+
+    #[test]
+    fn flags_go_over_the_file_and_the_file_over_defaults() {
+        let file = file("capacity = 100\nname = 'filed'\n[[pool]]\nname = 'f'\nhandler = 'echo'");
+        let args = ServeArgs { config: Some(file.path().into()), name: Some("flagged".into()), ..Default::default() };
+        let config = args.into_config(None).expect("a good configuration");
+        let wanted = Config { capacity: 100, name: "flagged".into(), pools: vec![pool("f=echo")], ..Config::default() };
+        assert_eq!(config, wanted);
+    }
+
+    #[test]
+    fn every_option_is_laid_over() {
+        let wanted = Config {
+            listen: "[::1]:1".parse().expect("the test's own address"),
+            name: "n".into(),
+            capacity: 7,
+            arena: ByteSize::mib(2),
+            max_message: ByteSize::mib(1),
+            spin: Spin::Off,
+            workers: 5,
+            max_attempts: 9,
+            grace: Duration::from_secs(1),
+            outbox: Some(6),
+            max_connections: 8,
+            body_timeout: Duration::from_secs(2),
+            log: LogFormat::Json,
+            pools: vec![pool("a=echo")],
+        };
+        let args = ServeArgs {
+            listen: Some(wanted.listen),
+            name: Some(wanted.name.clone()),
+            pool: wanted.pools.clone(),
+            workers: Some(5),
+            capacity: Some(7),
+            arena: Some(wanted.arena),
+            max_message: Some(wanted.max_message),
+            spin: Some(Spin::Off),
+            config: None,
+            grace: Some(wanted.grace),
+            max_attempts: Some(9),
+            outbox: Some(6),
+            max_connections: Some(8),
+            body_timeout: Some(wanted.body_timeout),
+            log: Some(LogFormat::Json),
+            parent: None,
+        };
+        assert_eq!(args.into_config(None).expect("a good configuration"), wanted);
+    }
+
+    #[test]
+    fn pools_come_from_flags_or_else_the_environment_or_else_the_file() {
+        let file = file("[[pool]]\nname = 'f'\nhandler = 'echo'");
+        let pools = |flags: &[&str], environment| {
+            let pool = flags.iter().map(|text| pool(text)).collect();
+            let args = ServeArgs { config: Some(file.path().into()), pool, ..Default::default() };
+            args.into_config(environment).map(|config| config.pools).map_err(|error| error.to_string())
+        };
+        assert_eq!(pools(&["a=echo"], Some("b=echo")), Ok(vec![pool("a=echo")]));
+        assert_eq!(pools(&[], Some("b=exec:a,b;c\n\nc:2=echo\n")), Ok(vec![pool("b=exec:a,b;c"), pool("c:2=echo")]));
+        assert_eq!(pools(&[], Some("")), Ok(vec![pool("f=echo")]));
+        assert_eq!(pools(&[], None), Ok(vec![pool("f=echo")]));
+        let error = pools(&[], Some("what")).expect_err("not a pool");
+        assert!(error.starts_with("FORKRING_POOLS: `what` is not a pool"), "{error}");
+    }
+
+    #[test]
+    fn no_pool_and_bad_filters_are_bad_usage() {
+        let error = ServeArgs::default().into_config(None).expect_err("no pool");
+        assert!(error.is::<BadUsage>() && error.to_string().contains("--pool hash=sha256"));
+        let error = log_to_stderr(LogFormat::Text, Some("info=what=")).expect_err("not a filter");
+        assert!(error.is::<BadUsage>() && error.to_string().starts_with("FORKRING_LOG: "), "{error}");
+    }
+}

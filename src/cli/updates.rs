@@ -1,0 +1,78 @@
+//! `forkring updates`: the results of submitted items, as they come.
+
+use anyhow::bail;
+
+use super::{
+    Addr, print, print_json,
+    show::{ResultLine, on_one_line},
+};
+use crate::proto::v1::{Status, WorkResult};
+
+/// Print the results of submitted items as they are done
+#[derive(Debug, clap::Args)]
+#[command(after_help = "\
+Examples:
+  forkring updates --subscription mine
+  forkring updates --subscription mine --limit 10 --json
+
+Results that were done before wait for you. Two readers of one subscription share its results.
+A failed item is a line like any other; exit code 1 when the stream breaks, or ends before --limit results.")]
+pub struct UpdatesArgs {
+    #[command(flatten)]
+    addr: Addr,
+
+    /// Whose results
+    #[arg(long, value_name = "NAME", default_value = "")]
+    subscription: String,
+
+    /// End after so many results; 0: when the server drains
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    limit: u64,
+
+    /// Print one JSON object a line
+    #[arg(long)]
+    json: bool,
+}
+
+/// Prints until the stream ends.
+pub fn run(args: UpdatesArgs) -> anyhow::Result<()> {
+    let broken = |status: tonic::Status| anyhow::anyhow!("{}", Status::from(&status));
+    args.addr.run(async |client| {
+        let mut results = client.updates(&args.subscription, args.limit).await.map_err(broken)?;
+        let mut count = 0;
+        while let Some(result) = results.message().await.map_err(broken)? {
+            count += 1;
+            if args.json {
+                print_json(&ResultLine::of(&result, None))?;
+            } else {
+                print(format!("{}\n", line(result)))?;
+            }
+        }
+        if count < args.limit {
+            bail!("the stream ended after {count} of {} results", args.limit);
+        }
+        Ok(())
+    })
+}
+
+fn line(result: WorkResult) -> String {
+    let id = result.id;
+    match result.outcome() {
+        Ok(payload) => format!("{id} ok {}", on_one_line(&payload)),
+        Err(status) => format!("{id} failed {}", on_one_line(status.to_string().as_bytes())),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_result_is_a_line() {
+        let result = WorkResult { id: 7, payload: "a\nb".into(), ..Default::default() };
+        assert_eq!(line(result), "7 ok a\\nb");
+        let status = Status { code: 13, message: "two\nlines".into(), reason: "HANDLER_FAILED".into() };
+        let result = WorkResult { id: 8, status: Some(status), ..Default::default() };
+        assert_eq!(line(result), "8 failed INTERNAL (HANDLER_FAILED): two\\nlines");
+    }
+}

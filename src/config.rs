@@ -1,0 +1,483 @@
+//! The one typed configuration of a server, used by the library and the command line.
+//!
+//! Every option has a default that works, [`Config::from_toml`] lays a file over the defaults, and the command line
+//! lays the environment and its flags over that. What contradicts itself is refused by [`Config::validate`] before
+//! anything starts, with a line that says what to change.
+
+mod error;
+mod units;
+
+use std::{
+    fmt, fs,
+    net::{Ipv4Addr, SocketAddr},
+    ops::RangeInclusive,
+    path::Path,
+    str::FromStr,
+    thread,
+    time::Duration,
+};
+
+use serde::Deserialize;
+
+use crate::segment::{MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS};
+
+pub use error::ConfigError;
+pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, parse_listen};
+
+/// What a partition may have: the segment's own bounds, as round numbers.
+const ARENAS: RangeInclusive<u64> = 1 << 12..=1 << 36;
+/// A longer spin than this is a mistake: it would burn a core for nothing.
+const MAX_SPIN: Duration = Duration::from_secs(1);
+
+/// How a server is set up.
+///
+/// ```
+/// use forkring::config::{ByteSize, Config, PoolSpec};
+///
+/// let config = Config {
+///     capacity: 1000,
+///     arena: ByteSize::mib(16),
+///     max_message: ByteSize::mib(8),
+///     pools: vec!["hash:2=sha256".parse::<PoolSpec>()?],
+///     ..Config::default()
+/// };
+/// config.validate()?;
+/// # Ok::<(), Box<dyn std::error::Error>>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct Config {
+    /// Where gRPC is served. Default: `127.0.0.1:50051`; port 0 takes a free one.
+    #[serde(deserialize_with = "units::listen")]
+    pub listen: SocketAddr,
+    /// Names the segment, `/dev/shm/forkring-NAME`: one live server a name. Default: `forkring`.
+    pub name: String,
+    /// How many items may be in the server at a time. Default: 16384.
+    pub capacity: u32,
+    /// Payload memory of each partition: one for the front's requests, one for each worker's results. Default: 80 MiB.
+    pub arena: ByteSize,
+    /// The largest message, in and out; at most 8/9 of the arena. Default: 64 MiB.
+    pub max_message: ByteSize,
+    /// How long processes look for work before they sleep. Default: [`Spin::Auto`].
+    pub spin: Spin,
+    /// Workers of a pool that names no count. Default: the cores that this process may use.
+    pub workers: u16,
+    /// How often an item is given to a worker before workers that die of it are its error. Default: 3.
+    pub max_attempts: u8,
+    /// How long a drain may take before it is cut short. Default: 30 s; 0 does not wait.
+    #[serde(deserialize_with = "units::duration")]
+    pub grace: Duration,
+    /// How many submitted items may be pending or wait as results for their subscribers; see [`Config::outbox`].
+    pub outbox: Option<u32>,
+    /// How many clients may be connected at a time. Default: 4096.
+    pub max_connections: u32,
+    /// How long a client may take between two pieces of a message that it has begun to send. Default: 10 s.
+    #[serde(deserialize_with = "units::duration")]
+    pub body_timeout: Duration,
+    /// How log lines look. Default: [`LogFormat::Text`].
+    pub log: LogFormat,
+    /// The pools with a built-in handler. Default: none. In a file: `[[pool]]`.
+    #[serde(rename = "pool")]
+    pub pools: Vec<PoolSpec>,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self {
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
+            name: "forkring".to_owned(),
+            capacity: 16384,
+            arena: ByteSize::mib(80),
+            max_message: ByteSize::mib(64),
+            spin: Spin::Auto,
+            workers: available_cores(),
+            max_attempts: 3,
+            grace: Duration::from_secs(30),
+            outbox: None,
+            max_connections: 4096,
+            body_timeout: Duration::from_secs(10),
+            log: LogFormat::Text,
+            pools: Vec::new(),
+        }
+    }
+}
+
+impl Config {
+    /// Reads a TOML file over the defaults. Does not [`validate`](Self::validate): other sources may yet follow.
+    pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
+        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        Self::from_toml(&text, path)
+    }
+
+    /// Reads TOML over the defaults; `path` is what errors call it.
+    ///
+    /// ```
+    /// # use forkring::config::Config;
+    /// let config = Config::from_toml("capacity = 100\n[[pool]]\nname = 'hash'\nhandler = 'sha256'", "my.toml".as_ref())?;
+    /// assert_eq!(config.pools[0].to_string(), "hash=sha256");
+    ///
+    /// let error = Config::from_toml("capacity = 'many'", "my.toml".as_ref()).unwrap_err();
+    /// assert_eq!(error.to_string(), "my.toml:1:12: capacity: invalid type: string \"many\", expected u32");
+    /// # Ok::<(), Box<dyn std::error::Error>>(())
+    /// ```
+    pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
+        toml::from_str(text).map_err(|error: toml::de::Error| {
+            let offset = error.span().map_or(0, |span| span.start).min(text.len());
+            let before = text.get(..offset).unwrap_or_default();
+            let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+            // The parser's message names an unknown key, but not the key of a wrong value.
+            let key = text.get(line_start..).unwrap_or_default().lines().next().and_then(|line| line.split_once('='));
+            let message = match key.map(|(key, _)| key.trim()) {
+                Some(key) if !key.is_empty() && !error.message().contains(&format!("`{key}`")) => {
+                    format!("{key}: {}", error.message())
+                }
+                _ => error.message().to_owned(),
+            };
+            ConfigError::Parse {
+                path: path.to_owned(),
+                line: before.matches('\n').count() + 1,
+                column: before[line_start..].chars().count() + 1,
+                message: message.replace('\n', ", "),
+            }
+        })
+    }
+
+    /// How many submitted items may be pending or wait for subscribers: half the capacity unless set, so that `Submit`
+    /// without a subscriber cannot take the server from `Call` and `Process`.
+    pub fn outbox(&self) -> u32 {
+        self.outbox.unwrap_or((self.capacity / 2).max(1))
+    }
+
+    /// How many workers the pool has.
+    pub fn workers_of(&self, pool: &PoolSpec) -> u16 {
+        pool.workers.unwrap_or(self.workers)
+    }
+
+    /// Refuses what cannot work.
+    pub fn validate(&self) -> Result<(), ConfigError> {
+        if !is_name(&self.name, |b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b)) {
+            return Err(ConfigError::Name(self.name.clone()));
+        }
+        in_range("capacity", self.capacity, 1, MAX_ITEMS)?;
+        in_range("workers", u32::from(self.workers), 1, MAX_POOL_WORKERS)?;
+        in_range("max_attempts", u32::from(self.max_attempts), 1, u32::from(u8::MAX))?;
+        in_range("outbox", self.outbox(), 1, self.capacity)?;
+        in_range("max_connections", self.max_connections, 1, u32::MAX)?;
+        self.validate_sizes()?;
+        if let Spin::For(duration) = self.spin
+            && duration > MAX_SPIN
+        {
+            return Err(ConfigError::Spin(format_duration(duration)));
+        }
+        if self.body_timeout.is_zero() {
+            return Err(ConfigError::BodyTimeout);
+        }
+        self.validate_pools()
+    }
+
+    fn validate_sizes(&self) -> Result<(), ConfigError> {
+        let (arena, max_message) = (self.arena.bytes(), self.max_message.bytes());
+        // gRPC writes a message's length in 32 bits.
+        if !(1..=u64::from(u32::MAX)).contains(&max_message) {
+            return Err(ConfigError::MaxMessage(self.max_message));
+        }
+        if !ARENAS.contains(&arena) {
+            return Err(ConfigError::ArenaBounds(self.arena));
+        }
+        // An arena hands blocks out in size classes an eighth apart; a block of the largest class must fit.
+        let needed = (max_message * 9).div_ceil(8);
+        if arena < needed {
+            return Err(ConfigError::Arena {
+                max_message: self.max_message,
+                arena: self.arena,
+                needed: ByteSize::new(needed),
+                fits: ByteSize::new((u128::from(arena) * 8 / 9) as u64),
+            });
+        }
+        Ok(())
+    }
+
+    fn validate_pools(&self) -> Result<(), ConfigError> {
+        if self.pools.len() > MAX_POOLS as usize {
+            return Err(ConfigError::TooManyPools(self.pools.len()));
+        }
+        let mut total = 0;
+        for (at, pool) in self.pools.iter().enumerate() {
+            pool.validate()?;
+            if self.pools[..at].iter().any(|other| other.name == pool.name) {
+                return Err(ConfigError::DuplicatePool(pool.name.clone()));
+            }
+            total += u32::from(self.workers_of(pool));
+        }
+        if total > MAX_WORKERS {
+            return Err(ConfigError::TooManyWorkers(total));
+        }
+        Ok(())
+    }
+}
+
+/// The cores that this process may use, as far as a pool can use them.
+fn available_cores() -> u16 {
+    let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
+    u16::try_from(cores.min(MAX_POOL_WORKERS as usize)).unwrap_or(u16::MAX)
+}
+
+fn is_name(name: &str, allowed: fn(u8) -> bool) -> bool {
+    (1..=64).contains(&name.len()) && name.bytes().all(allowed)
+}
+
+fn in_range(key: &'static str, value: u32, least: u32, most: u32) -> Result<(), ConfigError> {
+    if (least..=most).contains(&value) { Ok(()) } else { Err(ConfigError::Range { key, value, least, most }) }
+}
+
+/// A pool with a built-in handler, written `NAME[:WORKERS]=HANDLER`. The handler is verbatim what follows the `=`.
+///
+/// ```
+/// # use forkring::config::PoolSpec;
+/// let pool: PoolSpec = "count:4=exec:wc -c".parse()?;
+/// assert_eq!((pool.name.as_str(), pool.workers, pool.handler.as_str()), ("count", Some(4), "exec:wc -c"));
+/// # Ok::<(), forkring::config::InvalidValue>(())
+/// ```
+#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PoolSpec {
+    /// What clients call it: up to 64 of `A-Z a-z 0-9 . _ -`.
+    pub name: String,
+    /// How many workers it has; `None`: [`Config::workers`].
+    #[serde(default)]
+    pub workers: Option<u16>,
+    /// What its workers run: `echo`, `sha256`, `sleep:DURATION` or `exec:COMMAND…`.
+    pub handler: String,
+}
+
+impl PoolSpec {
+    fn validate(&self) -> Result<(), ConfigError> {
+        if !is_name(&self.name, |b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) {
+            return Err(ConfigError::PoolName(self.name.clone()));
+        }
+        if self.handler.is_empty() {
+            return Err(ConfigError::NoHandler(self.name.clone()));
+        }
+        match self.workers {
+            Some(workers) if !(1..=MAX_POOL_WORKERS).contains(&workers.into()) => {
+                Err(ConfigError::PoolWorkers { pool: self.name.clone(), workers })
+            }
+            _ => Ok(()),
+        }
+    }
+}
+
+impl FromStr for PoolSpec {
+    type Err = InvalidValue;
+
+    fn from_str(text: &str) -> Result<Self, InvalidValue> {
+        let error = || units::invalid(text, "a pool: give NAME[:WORKERS]=HANDLER, such as hash:4=sha256");
+        let (head, handler) = text.split_once('=').ok_or_else(error)?;
+        let (name, workers) = match head.split_once(':') {
+            Some((name, workers)) => (name, Some(workers.parse().map_err(|_| error())?)),
+            None => (head, None),
+        };
+        let pool = Self { name: name.to_owned(), workers, handler: handler.to_owned() };
+        pool.validate().map_err(|_| error())?;
+        Ok(pool)
+    }
+}
+
+impl fmt::Display for PoolSpec {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.name)?;
+        if let Some(workers) = self.workers {
+            write!(f, ":{workers}")?;
+        }
+        write!(f, "={}", self.handler)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    fn parse(text: &str) -> Result<Config, String> {
+        Config::from_toml(text, Path::new("f.toml")).map_err(|error| error.to_string())
+    }
+
+    fn refusal(change: impl FnOnce(&mut Config)) -> String {
+        let mut config = Config::default();
+        change(&mut config);
+        config.validate().map_or_else(|error| error.to_string(), |()| "accepted".to_owned())
+    }
+
+    fn pools(specs: &[&str]) -> Vec<PoolSpec> {
+        specs.iter().map(|spec| spec.parse().expect("the test's own spec")).collect()
+    }
+
+    #[test]
+    fn the_defaults_are_valid() {
+        let config = Config::default();
+        assert_eq!(refusal(|_| ()), "accepted");
+        assert_eq!((config.capacity, config.outbox()), (16384, 8192));
+        assert_eq!(parse(""), Ok(config));
+    }
+
+    #[test]
+    fn a_file_is_laid_over_the_defaults() {
+        let text = r#"
+            listen = "[::1]:7000"
+            name = "hashes"
+            capacity = 1000
+            arena = "16MiB"
+            max_message = 4096
+            spin = "50us"
+            workers = 3
+            max_attempts = 1
+            grace = "1m"
+            outbox = 10
+            max_connections = 7
+            body_timeout = "1.5s"
+            log = "json"
+
+            [[pool]]
+            name = "hash"
+            workers = 4
+            handler = "sha256"
+
+            [[pool]]
+            name = "count"
+            handler = "exec:wc -c"
+        "#;
+        let config = Config {
+            listen: "[::1]:7000".parse().expect("the test's own address"),
+            name: "hashes".to_owned(),
+            capacity: 1000,
+            arena: ByteSize::mib(16),
+            max_message: ByteSize::new(4096),
+            spin: Spin::For(Duration::from_micros(50)),
+            workers: 3,
+            max_attempts: 1,
+            grace: Duration::from_secs(60),
+            outbox: Some(10),
+            max_connections: 7,
+            body_timeout: Duration::from_millis(1500),
+            log: LogFormat::Json,
+            pools: pools(&["hash:4=sha256", "count=exec:wc -c"]),
+        };
+        assert_eq!(parse(text), Ok(config));
+    }
+
+    #[test]
+    fn a_bad_file_is_one_line_with_place_and_key() {
+        for (text, wanted) in [
+            ("\n  capactiy = 1", "f.toml:2:3: unknown field `capactiy`, expected one of"),
+            ("capacity = 'x'", "f.toml:1:12: capacity: invalid type: string \"x\", expected u32"),
+            ("capacity = -1", "f.toml:1:12: capacity: invalid value: integer `-1`, expected u32"),
+            ("arena = '1x'", "f.toml:1:9: arena: `1x` is not a size: give bytes"),
+            ("grace = 5", "f.toml:1:9: grace: `5` is not a duration: give a number with"),
+            ("spin = true", "f.toml:1:8: spin: invalid type: boolean `true`, expected a string"),
+            ("listen = 'localhost:1'", "f.toml:1:10: listen: `localhost:1` is not an address to listen on"),
+            ("[[pool]]\nname = 'a'", "f.toml:1:1: missing field `handler`"),
+            ("[[pool]]\nname = 'a'\nhandler = 'echo'\nworker = 1", "f.toml:4:1: unknown field `worker`"),
+            ("capacity", "f.toml:1:9: "),
+            ("capacity = 1\ncapacity = 2", "f.toml:2:1: "),
+            ("name = 'ü' x", "f.toml:1:12: name: "),
+        ] {
+            let error = parse(text).expect_err(text);
+            assert!(error.starts_with(wanted) && !error.contains('\n'), "{text:?}: {error}");
+        }
+        let missing = Config::from_file(Path::new("/nonexistent/f.toml"));
+        assert!(matches!(missing, Err(ConfigError::Read { .. })));
+    }
+
+    #[test]
+    fn what_cannot_work_is_refused_with_what_to_do() {
+        for (found, wanted) in [
+            (refusal(|c| c.name = "A".into()), "`A` is not a server name"),
+            (refusal(|c| c.name.clear()), "`` is not a server name"),
+            (refusal(|c| c.name = "a/b".into()), "`a/b` is not a server name"),
+            (refusal(|c| c.name = "a".repeat(65)), "`aaa"),
+            (refusal(|c| c.capacity = 0), "capacity is 0: choose from 1 to 1048576"),
+            (refusal(|c| c.capacity = MAX_ITEMS + 1), "capacity is 1048577"),
+            (refusal(|c| c.capacity = 1), "accepted"),
+            (refusal(|c| c.workers = 0), "workers is 0: choose from 1 to 256"),
+            (refusal(|c| c.max_attempts = 0), "max_attempts is 0"),
+            (refusal(|c| c.outbox = Some(0)), "outbox is 0"),
+            (refusal(|c| c.outbox = Some(16385)), "outbox is 16385: choose from 1 to 16384"),
+            (refusal(|c| c.max_connections = 0), "max_connections is 0"),
+            (refusal(|c| c.max_message = ByteSize::new(0)), "max_message is 0"),
+            (refusal(|c| c.max_message = ByteSize::mib(4096)), "max_message is 4GiB"),
+            (
+                refusal(|c| c.arena = ByteSize::mib(36)),
+                "max_message is 64MiB, which needs an arena of 72MiB, but arena is 36MiB: raise arena to 72MiB or lower max_message to 32MiB",
+            ),
+            (refusal(|c| c.arena = ByteSize::mib(72)), "accepted"),
+            (refusal(|c| c.arena = ByteSize::new(4095)), "arena is 4095: choose from 4KiB to 64GiB"),
+            (refusal(|c| c.arena = ByteSize::mib(1 << 17)), "arena is 128GiB"),
+            (refusal(|c| c.spin = Spin::For(Duration::from_secs(2))), "spin is 2s"),
+            (refusal(|c| c.body_timeout = Duration::ZERO), "body_timeout is 0"),
+            (refusal(|c| c.grace = Duration::ZERO), "accepted"),
+            (refusal(|c| c.pools = pools(&["a=echo", "b=echo", "a=sha256"])), "pool a is there twice"),
+            (refusal(|c| c.pools = pools(&["a:256=echo"; 1])), "accepted"),
+            (
+                refusal(|c| c.pools = (0..5).flat_map(|i| pools(&[&format!("{i}:256=echo")])).collect()),
+                "the pools have 1280 workers together: 1024 are the most",
+            ),
+            (
+                refusal(|c| c.pools = (0..65).flat_map(|i| pools(&[&format!("{i}:1=echo")])).collect()),
+                "there are 65 pools",
+            ),
+            (
+                refusal(|c| c.pools = vec![PoolSpec { name: "a".into(), workers: Some(0), handler: "echo".into() }]),
+                "pool a has 0 workers",
+            ),
+        ] {
+            assert!(found.starts_with(wanted), "{found} / {wanted}");
+        }
+    }
+
+    #[test]
+    fn a_pool_is_name_workers_and_a_verbatim_handler() {
+        for (text, name, workers, handler) in [
+            ("hash=sha256", "hash", None, "sha256"),
+            ("hash:4=sha256", "hash", Some(4), "sha256"),
+            ("a.b_C-9=exec:sh -c 'x=1; echo \"$x:\"'", "a.b_C-9", None, "exec:sh -c 'x=1; echo \"$x:\"'"),
+            ("x:1= echo ", "x", Some(1), " echo "),
+        ] {
+            let pool = PoolSpec { name: name.into(), workers, handler: handler.into() };
+            assert_eq!(text.parse(), Ok(pool), "{text}");
+        }
+        for text in
+            ["", "hash", "=echo", "hash=", "hash:=echo", "hash:x=echo", "hash:0=echo", "hash:257=echo", "a b=echo"]
+        {
+            assert!(text.parse::<PoolSpec>().is_err(), "{text}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn what_a_pool_prints_is_read_back(
+            name in "[A-Za-z0-9._-]{1,64}",
+            workers in proptest::option::of(1_u16..=256),
+            handler in "\\PC{1,40}",
+        ) {
+            let pool = PoolSpec { name, workers, handler };
+            prop_assert_eq!(pool.to_string().parse::<PoolSpec>(), Ok(pool));
+        }
+
+        #[test]
+        fn the_arena_that_a_refusal_names_is_enough_and_no_less(max_message in 4096_u64..=u64::from(u32::MAX)) {
+            let arena = ByteSize::new(4096);
+            let mut config = Config { max_message: ByteSize::new(max_message), arena, ..Config::default() };
+            let Err(ConfigError::Arena { needed, .. }) = config.validate() else { panic!("a page was enough") };
+            config.arena = ByteSize::new(needed.bytes() - 1);
+            prop_assert!(config.validate().is_err());
+            config.arena = needed;
+            prop_assert!(config.validate().is_ok());
+        }
+
+        #[test]
+        fn no_file_breaks_the_parser(text in "[a-z\\[\\]=\"'\\n0-9ü ]{0,40}") {
+            let _ = parse(&text);
+        }
+    }
+}

@@ -1,0 +1,113 @@
+//! Failures: what a client gets instead of a result, and how it travels in the result's place.
+
+use std::{borrow::Cow, error::Error, fmt, io};
+
+use tonic::Code;
+
+use super::ReplyError;
+
+/// Why an item failed: what its client gets instead of a result.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Failure {
+    pub(crate) code: u8,
+    pub(crate) reason: Cow<'static, str>,
+    pub(crate) message: String,
+}
+
+/// Bytes of a message that are kept: the client gets it in HTTP/2 headers, which are bounded.
+const MESSAGE: usize = 2048;
+
+impl Failure {
+    /// A failure with a gRPC code, a reason for programs (a constant in UPPER_SNAKE_CASE) and a message for people.
+    /// `Code::Ok` is no failure and becomes `Unknown`.
+    pub fn new(code: Code, reason: impl Into<Cow<'static, str>>, message: impl fmt::Display) -> Self {
+        let code = if code == Code::Ok { Code::Unknown } else { code };
+        Failure { code: code as u8, reason: reason.into(), message: message.to_string() }
+    }
+
+    /// `INTERNAL`, reason `HANDLER_FAILED`.
+    pub fn handler(message: impl fmt::Display) -> Self {
+        Failure::new(Code::Internal, "HANDLER_FAILED", message)
+    }
+
+    /// `DEADLINE_EXCEEDED`: the item expired before it was claimed, or its answer would come too late.
+    pub fn deadline() -> Self {
+        Failure::new(Code::DeadlineExceeded, "DEADLINE_EXCEEDED", "the item's deadline has passed")
+    }
+
+    /// `CANCELLED`: nobody waits for the item any more.
+    pub fn cancelled() -> Self {
+        Failure::new(Code::Cancelled, "CANCELLED", "the item was cancelled by its client")
+    }
+
+    /// How it travels in a result: a byte for the length of the reason, the reason, the message.
+    pub(crate) fn encode(&self) -> Vec<u8> {
+        let reason = prefix(&self.reason, u8::MAX.into());
+        let message = prefix(&self.message, MESSAGE);
+        let mut bytes = Vec::with_capacity(1 + reason.len() + message.len());
+        bytes.push(reason.len() as u8);
+        bytes.extend_from_slice(reason.as_bytes());
+        bytes.extend_from_slice(message.as_bytes());
+        bytes
+    }
+
+    /// What a result of this code says, whatever the bytes are.
+    pub(crate) fn from_result(code: u32, bytes: &[u8]) -> Self {
+        let (len, rest) = bytes.split_first().unwrap_or((&0, &[]));
+        let (reason, message) = rest.split_at(rest.len().min(usize::from(*len)));
+        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        Failure::new(Code::from_i32(code as i32), text(reason), text(message))
+    }
+
+    /// Code, reason and message.
+    pub(crate) fn into_parts(self) -> (Code, Cow<'static, str>, String) {
+        (Code::from_i32(self.code.into()), self.reason, self.message)
+    }
+}
+
+/// The longest prefix of at most so many bytes that ends between characters.
+fn prefix(text: &str, most: usize) -> &str {
+    &text[..text.floor_char_boundary(most)]
+}
+
+/// Any error of a handler is `INTERNAL` with reason `HANDLER_FAILED`; but a result that is too large, however deep in
+/// the error's sources that is, is `RESOURCE_EXHAUSTED` with reason `RESULT_TOO_LARGE`.
+impl<E: Error + 'static> From<E> for Failure {
+    fn from(error: E) -> Self {
+        let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
+        while let Some(one) = cause {
+            let inner = one.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
+            let reply = one.downcast_ref().or_else(|| inner?.downcast_ref());
+            if let Some(reply @ ReplyError::TooLarge { .. }) = reply {
+                return Failure::new(Code::ResourceExhausted, "RESULT_TOO_LARGE", reply);
+            }
+            cause = one.source();
+        }
+        Failure::handler(error)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn failures_travel() {
+        let failure = Failure::new(Code::NotFound, "NO_SUCH_ROW", "row 7 is missing");
+        assert_eq!(Failure::from_result(failure.code.into(), &failure.encode()), failure);
+        assert_eq!(Failure::new(Code::Ok, "X", "").code, Code::Unknown as u8);
+        assert_eq!(Failure::from_result(0, &[]).code, Code::Unknown as u8, "a failure is never a success");
+        assert_eq!(Failure::from_result(13, &[200, b'A', 0xff]).reason, "A\u{fffd}");
+        let long = Failure::handler("ä".repeat(5000)).encode();
+        assert!(Failure::from_result(13, &long).message.chars().all(|c| c == 'ä'), "cut between characters");
+    }
+
+    #[test]
+    fn errors_become_failures() {
+        let parse: Failure = "x".parse::<u32>().unwrap_err().into();
+        assert_eq!(parse.reason, "HANDLER_FAILED");
+        let large = ReplyError::TooLarge { len: 2, most: 1 };
+        assert_eq!(Failure::from(large).reason, "RESULT_TOO_LARGE");
+        assert_eq!(Failure::from(std::io::Error::from(large)).reason, "RESULT_TOO_LARGE");
+    }
+}

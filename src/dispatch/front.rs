@@ -1,0 +1,627 @@
+//! The front's side: offer, collect, cancel, release.
+//!
+//! Free list, request allocator and what is known of each item are private memory, rebuilt from the item table by
+//! [`Front::attach`]: that is how a front's successor takes over.
+
+use std::sync::{Arc, atomic::Ordering::*};
+
+use super::{Bells, Phase, SUPERVISOR, Topology, Word, wake, wake_worker};
+use crate::{
+    arena::{Block, Partition, Span, largest_block},
+    crash_point::crash_point,
+    ring::{Consumer, Hint},
+    segment::{INLINE, ItemRecord, Segment, Slot},
+};
+
+/// By which RPC an item came: what becomes of it if its front dies.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kind {
+    /// Somebody waits on a connection of this front: without it the item is nobody's.
+    Call,
+    /// Accepted for a subscription: a front's successor inherits it.
+    Submit,
+}
+
+const SUBMIT: u32 = 1 << 31;
+
+/// What is offered, beside its payload.
+#[derive(Clone, Copy, Debug)]
+pub struct Offer<'a> {
+    /// The pool, below the number of pools.
+    pub pool: u16,
+    /// 0 to 3; higher is taken first.
+    pub priority: u32,
+    /// The client's own id.
+    pub id: u64,
+    /// Now, in nanoseconds of CLOCK_MONOTONIC.
+    pub offered: u64,
+    /// When the item expires; 0: never.
+    pub deadline: u64,
+    /// By which RPC it came.
+    pub kind: Kind,
+    /// Whose update the result becomes, for `Kind::Submit`.
+    pub subscription: &'a [u8],
+    /// Encoded metadata, opaque here.
+    pub metadata: &'a [u8],
+}
+
+/// Payload of an item to be: small ones in private memory, large ones already in the arena.
+#[derive(Debug)]
+pub struct Request(Place);
+
+#[derive(Debug)]
+enum Place {
+    Inline { bytes: [u8; INLINE], len: usize },
+    Arena { block: Block, len: usize, written: usize },
+}
+
+impl Default for Request {
+    fn default() -> Self {
+        Request(Place::Inline { bytes: [0; INLINE], len: 0 })
+    }
+}
+
+/// Why an item was not accepted. All of these pass when other items complete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum OfferError {
+    /// The item table is full.
+    #[error("the queue is full")]
+    Items,
+    /// The request arena is full.
+    #[error("the request arena is full")]
+    Arena,
+    /// The lane is full of hints that no worker came to remove.
+    #[error("the pool's lane is full")]
+    Lane,
+}
+
+/// How an item ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// The handler succeeded; the result is its own.
+    Success,
+    /// A google.rpc.Code that is not 0; the result is a failure, see [`crate::handler::Failure`].
+    Failure(u32),
+    /// What the worker wrote about its result is impossible: there is no result.
+    Invalid,
+}
+
+/// A completed item. The result is there until [`Front::release`].
+#[derive(Clone, Copy, Debug)]
+pub struct Completion {
+    /// The item's index.
+    pub index: u32,
+    /// The client's own id.
+    pub id: u64,
+    /// How it ended.
+    pub outcome: Outcome,
+    /// Bytes of result.
+    pub len: usize,
+    /// The worker that completed it, or [`SUPERVISOR`].
+    pub worker: u16,
+    /// How many workers have been given the item.
+    pub attempts: u32,
+    /// When it was offered, claimed and done.
+    pub times: [u64; 3],
+    offset: u64,
+}
+
+/// An item of a front's predecessor that was accepted for a subscription.
+#[derive(Clone, Debug)]
+pub struct Adopted {
+    /// The item's index.
+    pub index: u32,
+    /// Whose update the result becomes.
+    pub subscription: Vec<u8>,
+}
+
+/// What a front knows of each of its items.
+#[derive(Debug, Default)]
+struct Known {
+    state: State,
+    request: Option<Block>,
+    extra: Option<Block>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+enum State {
+    #[default]
+    Free,
+    /// Offered, and its result is wanted.
+    Waiting,
+    /// Offered, and its result will be thrown away.
+    Abandoned,
+    /// Completed and not released.
+    Held,
+}
+
+/// One front's side of the dispatch.
+pub struct Front<'s> {
+    segment: &'s Segment,
+    topology: Topology,
+    bells: Arc<Bells>,
+    number: u16,
+    /// The first of its items.
+    first: u32,
+    known: Vec<Known>,
+    /// Last in, first out: the record that was used last is still in the cache.
+    free: Vec<u32>,
+    arena: Partition,
+    consumers: Vec<Consumer<'s>>,
+    /// The consumer to ask next.
+    cursor: usize,
+    /// Items that were found DONE by a scan.
+    found: Vec<u32>,
+    /// Pools in whose lanes something was pushed since the last ring, a bit each.
+    pushed: u64,
+}
+
+/// The items of a front: its first, and how many.
+pub(super) fn share(segment: &Segment, front: u16) -> (u32, u32) {
+    let geometry = segment.geometry();
+    let each = geometry.items / geometry.fronts;
+    let first = each * u32::from(front);
+    (first, if u32::from(front) + 1 == geometry.fronts { geometry.items - first } else { each })
+}
+
+/// The front whose item this is.
+pub(super) fn front_of(segment: &Segment, index: u32) -> u16 {
+    let geometry = segment.geometry();
+    (index / (geometry.items / geometry.fronts)).min(geometry.fronts - 1) as u16
+}
+
+impl<'s> Front<'s> {
+    /// Takes a front's slot over, and whatever its predecessor left: its calls are cancelled, because their callers
+    /// are gone, and its submitted items are handed to the caller.
+    pub fn attach(segment: &'s Segment, topology: Topology, bells: Arc<Bells>, number: u16) -> (Self, Vec<Adopted>) {
+        let (first, count) = share(segment, number);
+        let geometry = segment.geometry();
+        let mut front = Front {
+            segment,
+            topology,
+            bells,
+            number,
+            first,
+            known: (0..count).map(|_| Known::default()).collect(),
+            free: Vec::with_capacity(count as usize),
+            arena: Partition::around(geometry.request_bytes, 2 * count, Vec::new()),
+            consumers: (0..geometry.workers).map(|w| segment.consumer(w as u16, number)).collect(),
+            cursor: 0,
+            found: Vec::new(),
+            pushed: 0,
+        };
+        let mut adopted = Vec::new();
+        let mut used = Vec::new();
+        for index in (first..first + count).rev() {
+            if !front.adopt(index, &mut adopted, &mut used) {
+                front.free.push(index);
+            }
+        }
+        if !used.is_empty() {
+            front.arena = Partition::around(geometry.request_bytes, 2 * count, used);
+        }
+        segment.rescan(number).store(1, Relaxed);
+        (front, adopted)
+    }
+
+    /// Looks at an item of the predecessor's; whether it is still in use.
+    fn adopt(&mut self, index: u32, adopted: &mut Vec<Adopted>, used: &mut Vec<Span>) -> bool {
+        let record = self.segment.item(index);
+        let submitted = is_submitted(record);
+        loop {
+            let word = Word::load(&record.word);
+            match word.phase() {
+                Phase::Free => return false,
+                Phase::Ready if submitted => {
+                    // The predecessor may have died before it pushed the hint; a second one does no harm.
+                    let hint = Hint { index, generation: word.generation() };
+                    if self.segment.lane(word.lane().into()).push(hint).is_err() {
+                        tracing::error!(
+                            index,
+                            "a lane is full of stale hints: an adopted item waits for a worker to clear it"
+                        );
+                    }
+                    self.pushed |= 1 << (u32::from(word.lane()) / crate::segment::PRIORITIES);
+                }
+                Phase::Ready => {
+                    if word.with(Phase::Free, 0).exchange(&record.word, word).is_err() {
+                        continue;
+                    }
+                    return false;
+                }
+                Phase::Claimed if !submitted => record.cancel(word.generation()),
+                Phase::Done if !submitted => {
+                    word.with(Phase::Free, 0).store(&record.word, word);
+                    return false;
+                }
+                Phase::Claimed | Phase::Done => {}
+            }
+            break;
+        }
+        let known = &mut self.known[(index - self.first) as usize];
+        known.state = if submitted { State::Waiting } else { State::Abandoned };
+        let (payload, extra) = request_spans(record);
+        used.extend(payload.into_iter().chain(extra));
+        if submitted {
+            let bytes = extra_bytes(self.segment, self.number, record).unwrap_or_default();
+            let len = (record.kind.load(Relaxed) & !SUBMIT) as usize;
+            let subscription = bytes.get(..len).unwrap_or_default().to_vec();
+            adopted.push(Adopted { index, subscription });
+        }
+        true
+    }
+
+    /// The pools and their workers.
+    pub fn topology(&self) -> &Topology {
+        &self.topology
+    }
+
+    /// The segment.
+    pub fn segment(&self) -> &'s Segment {
+        self.segment
+    }
+
+    /// Items that are not in use.
+    pub fn free_items(&self) -> usize {
+        self.free.len()
+    }
+
+    /// The longest payload that an empty arena can take.
+    pub fn largest_request(&self) -> u64 {
+        largest_block(self.segment.geometry().request_bytes)
+    }
+
+    /// Memory for a payload of so many bytes.
+    pub fn request(&mut self, len: usize) -> Result<Request, OfferError> {
+        if len <= INLINE {
+            return Ok(Request(Place::Inline { bytes: [0; INLINE], len: 0 }));
+        }
+        let block = self.arena.allocate(len as u64).ok_or(OfferError::Arena)?;
+        Ok(Request(Place::Arena { block, len, written: 0 }))
+    }
+
+    /// Appends bytes to a payload. What goes beyond the announced length is left out.
+    pub fn write(&self, request: &mut Request, bytes: &[u8]) {
+        match &mut request.0 {
+            Place::Inline { bytes: place, len } => {
+                let bytes = &bytes[..bytes.len().min(INLINE - *len)];
+                place[*len..*len + bytes.len()].copy_from_slice(bytes);
+                *len += bytes.len();
+            }
+            Place::Arena { block, len, written } => {
+                let bytes = &bytes[..bytes.len().min(*len - *written)];
+                if self.segment.write_request(self.number, block.offset() + *written as u64, bytes) {
+                    *written += bytes.len();
+                }
+            }
+        }
+    }
+
+    /// Gives the memory of a payload back that is not offered after all; whether there was any.
+    pub fn discard(&mut self, request: Request) -> bool {
+        match request.0 {
+            Place::Inline { .. } => false,
+            Place::Arena { block, .. } => {
+                self.arena.free(block);
+                true
+            }
+        }
+    }
+
+    /// The client's id of an item.
+    pub fn id(&self, index: u32) -> u64 {
+        self.segment.item(index).id.load(Relaxed)
+    }
+
+    /// Offers an item; its index, once it is accepted. `request` is taken only then. The workers are told by
+    /// [`Front::ring`], once for any number of offers.
+    pub fn offer(&mut self, offer: &Offer<'_>, request: &mut Request) -> Result<u32, OfferError> {
+        let &index = self.free.last().ok_or(OfferError::Items)?;
+        let record = self.segment.item(index);
+        let word = Word::load(&record.word);
+
+        let inline_len = match &request.0 {
+            Place::Inline { bytes, len } => {
+                record.request.store(&bytes[..*len]);
+                record.payload_len.store(*len as u32, Relaxed);
+                *len
+            }
+            Place::Arena { block, written, .. } => {
+                record.request_offset.store(block.offset(), Relaxed);
+                record.payload_len.store(*written as u32, Relaxed);
+                0
+            }
+        };
+        let extra_len = offer.subscription.len() + offer.metadata.len();
+        let extra = if extra_len == 0 { None } else { self.write_extra(record, request, inline_len, offer)? };
+        record.extra_len.store(extra_len as u32, Relaxed);
+        record.id.store(offer.id, Relaxed);
+        record.offered.store(offer.offered, Relaxed);
+        record.deadline.store(offer.deadline, Relaxed);
+        let submit = if offer.kind == Kind::Submit { SUBMIT } else { 0 };
+        record.kind.store(submit | offer.subscription.len() as u32, Relaxed);
+        crash_point!("offer.filled");
+
+        let lane = super::lane_of(offer.pool, offer.priority);
+        let ready = word.offered(lane);
+        ready.store(&record.word, word);
+        crash_point!("offer.ready");
+        let hint = Hint { index, generation: ready.generation() };
+        if self.segment.lane(lane.into()).push(hint).is_err() {
+            // No hint leads to it, so nobody can have claimed it.
+            ready.with(Phase::Free, 0).store(&record.word, ready);
+            if let Some(block) = extra {
+                self.arena.free(block);
+            }
+            return Err(OfferError::Lane);
+        }
+        crash_point!("offer.pushed");
+        self.free.pop();
+        self.pushed |= 1 << offer.pool;
+        let request = match std::mem::take(request).0 {
+            Place::Inline { .. } => None,
+            Place::Arena { block, .. } => Some(block),
+        };
+        *self.known_mut(index) = Known { state: State::Waiting, request, extra };
+        Ok(index)
+    }
+
+    /// Writes subscription and metadata behind an inline payload, or else into a block of their own.
+    #[cold]
+    fn write_extra(
+        &mut self,
+        record: &ItemRecord,
+        request: &Request,
+        inline_len: usize,
+        offer: &Offer<'_>,
+    ) -> Result<Option<Block>, OfferError> {
+        let len = offer.subscription.len() + offer.metadata.len();
+        if inline_len + len <= INLINE {
+            let mut line = [0; INLINE];
+            if let Place::Inline { bytes, len } = &request.0 {
+                line[..*len].copy_from_slice(&bytes[..*len]);
+            }
+            let (subscription, metadata) = line[inline_len..inline_len + len].split_at_mut(offer.subscription.len());
+            subscription.copy_from_slice(offer.subscription);
+            metadata.copy_from_slice(offer.metadata);
+            record.request.store(&line[..inline_len + len]);
+            return Ok(None);
+        }
+        let block = self.arena.allocate(len as u64).ok_or(OfferError::Arena)?;
+        self.segment.write_request(self.number, block.offset(), offer.subscription);
+        let metadata_at = block.offset() + offer.subscription.len() as u64;
+        self.segment.write_request(self.number, metadata_at, offer.metadata);
+        record.extra_offset.store(block.offset(), Relaxed);
+        Ok(Some(block))
+    }
+
+    /// Wakes a worker of each pool in which items were offered since the last ring, if one sleeps.
+    pub fn ring(&mut self) {
+        let mut pools = std::mem::take(&mut self.pushed);
+        while pools != 0 {
+            let pool = pools.trailing_zeros() as u16;
+            pools &= pools - 1;
+            wake_worker(self.segment, &self.topology, &self.bells, pool);
+        }
+    }
+
+    /// Whether items wait in a lane while a worker of its pool sleeps: one that was woken may not have come (stopped,
+    /// frozen, swapped out), and [`Front::ring_next`] should follow in a while.
+    pub fn somebody_is_late(&self) -> bool {
+        (0..self.topology.pools()).any(|pool| self.is_late(pool))
+    }
+
+    /// Rings the next sleeper of each pool in whose lanes items still wait.
+    pub fn ring_next(&self) {
+        for pool in (0..self.topology.pools()).filter(|&pool| self.is_late(pool)) {
+            wake_worker(self.segment, &self.topology, &self.bells, pool);
+        }
+    }
+
+    fn is_late(&self, pool: u16) -> bool {
+        self.segment.idle(pool).any()
+            && (0..crate::segment::PRIORITIES).any(|p| !self.segment.lane(super::lane_of(pool, p).into()).is_empty())
+    }
+
+    fn known_mut(&mut self, index: u32) -> &mut Known {
+        &mut self.known[(index - self.first) as usize]
+    }
+
+    /// The next completed item, if there is one.
+    pub fn collect(&mut self) -> Option<Completion> {
+        if self.segment.rescan(self.number).load(Relaxed) != 0 {
+            self.scan();
+        }
+        loop {
+            let index = match self.found.pop() {
+                Some(index) => index,
+                None => self.pop()?,
+            };
+            // A hint: anything may be wrong with it.
+            let Some(known) = index.checked_sub(self.first).and_then(|i| self.known.get_mut(i as usize)) else {
+                continue;
+            };
+            let record = self.segment.item(index);
+            let word = Word::load(&record.word);
+            if word.phase() != Phase::Done {
+                continue;
+            }
+            match known.state {
+                State::Waiting => known.state = State::Held,
+                State::Abandoned => {
+                    known.state = State::Held;
+                    self.release(index);
+                    continue;
+                }
+                State::Free | State::Held => continue,
+            }
+            crash_point!("collect.held");
+            return Some(self.completion(index, record, word));
+        }
+    }
+
+    fn pop(&mut self) -> Option<u32> {
+        for _ in 0..self.consumers.len() {
+            if let Some(index) = self.consumers[self.cursor].pop() {
+                return Some(index);
+            }
+            self.cursor = (self.cursor + 1) % self.consumers.len();
+        }
+        None
+    }
+
+    /// A return ring was full, or somebody died: what is DONE may have no hint.
+    #[cold]
+    fn scan(&mut self) {
+        // Acquire, and before the look: whoever sets it again later has completed something later.
+        self.segment.rescan(self.number).swap(0, AcqRel);
+        for index in self.first..self.first + self.known.len() as u32 {
+            if Word::load(&self.segment.item(index).word).phase() == Phase::Done {
+                self.found.push(index);
+            }
+        }
+    }
+
+    fn completion(&self, index: u32, record: &ItemRecord, word: Word) -> Completion {
+        let len = record.result_len.load(Relaxed) as usize;
+        let offset = record.result_offset.load(Relaxed);
+        let inside = len <= INLINE || self.segment.read_result(word.owner(), offset, len as u64).is_some();
+        let outcome = match record.code.load(Relaxed) {
+            _ if !inside => Outcome::Invalid,
+            0 => Outcome::Success,
+            code => Outcome::Failure(code),
+        };
+        let len = if inside { len } else { 0 };
+        Completion {
+            index,
+            id: record.id.load(Relaxed),
+            outcome,
+            len,
+            worker: word.owner(),
+            attempts: u32::from(word.attempts()) + u32::from(word.owner() != SUPERVISOR),
+            times: [&record.offered, &record.claimed, &record.done].map(|time| time.load(Relaxed)),
+            offset,
+        }
+    }
+
+    /// The bytes of a result that travelled in its record, copied out.
+    pub fn inline_result<'a>(&self, completion: &Completion, into: &'a mut [u8; INLINE]) -> Option<&'a [u8]> {
+        let into = into.get_mut(..completion.len)?;
+        self.segment.item(completion.index).result.load(into);
+        Some(into)
+    }
+
+    /// The bytes of a result in the arena, in place. They must not be looked at after [`Front::release`].
+    pub fn arena_result(&self, completion: &Completion) -> Option<&'s [u8]> {
+        self.segment.read_result(completion.worker, completion.offset, completion.len as u64)
+    }
+
+    /// Gives up a completed item: its record and its memory may be used again.
+    pub fn release(&mut self, index: u32) {
+        let record = self.segment.item(index);
+        let word = Word::load(&record.word);
+        if word.phase() != Phase::Done || self.known_mut(index).state != State::Held {
+            debug_assert!(false, "released an item that is {word:?}");
+            return;
+        }
+        let in_arena = record.result_len.load(Relaxed) as usize > INLINE;
+        word.with(Phase::Free, 0).store(&record.word, word);
+        crash_point!("release.freed");
+        if in_arena && u32::from(word.owner()) < self.segment.geometry().workers {
+            // It may wait for room in its result arena.
+            wake(self.segment, &self.bells, Slot::Worker(word.owner()));
+        }
+        self.forget(index);
+    }
+
+    /// Takes an offered item back if no worker has claimed it: then it never runs. If one has, its handler can see
+    /// that nobody waits any more, and the result will be thrown away.
+    pub fn cancel(&mut self, index: u32) {
+        if self.known_mut(index).state != State::Waiting {
+            return;
+        }
+        self.known_mut(index).state = State::Abandoned;
+        let record = self.segment.item(index);
+        loop {
+            let word = Word::load(&record.word);
+            match word.phase() {
+                Phase::Ready => {
+                    // The claim of a worker competes with this.
+                    if word.with(Phase::Free, 0).exchange(&record.word, word).is_ok() {
+                        crash_point!("cancel.freed");
+                        self.forget(index);
+                        return;
+                    }
+                }
+                Phase::Claimed => {
+                    record.cancel(word.generation());
+                    // If its worker died meanwhile and it was given back, cancel it again.
+                    if Word::load(&record.word).generation() == word.generation() {
+                        return;
+                    }
+                }
+                // `collect` releases it.
+                Phase::Done | Phase::Free => return,
+            }
+        }
+    }
+
+    fn forget(&mut self, index: u32) {
+        let known = std::mem::take(self.known_mut(index));
+        for block in [known.request, known.extra].into_iter().flatten() {
+            self.arena.free(block);
+        }
+        self.free.push(index);
+    }
+
+    /// Says that this front is about to sleep. Then look once more with [`Front::collect`]; if there is nothing, sleep
+    /// at the front's bell, and call [`Front::awake`] after that.
+    pub fn going_to_sleep(&self) {
+        self.segment.sleeping(Slot::Front(self.number)).enter(0);
+    }
+
+    /// The counterpart of [`Front::going_to_sleep`].
+    pub fn awake(&self) {
+        self.segment.sleeping(Slot::Front(self.number)).leave(0);
+    }
+}
+
+/// Whether an item outlives its front.
+pub(super) fn is_submitted(record: &ItemRecord) -> bool {
+    record.kind.load(Relaxed) & SUBMIT != 0
+}
+
+/// The arena blocks that a record says its request has.
+fn request_spans(record: &ItemRecord) -> (Option<Span>, Option<Span>) {
+    let payload = u64::from(record.payload_len.load(Relaxed));
+    let extra = u64::from(record.extra_len.load(Relaxed));
+    let span = |offset, len| Span { offset, len };
+    let in_arena = payload > INLINE as u64;
+    let inline = if in_arena { 0 } else { payload };
+    (
+        in_arena.then(|| span(record.request_offset.load(Relaxed), payload)),
+        (inline + extra > INLINE as u64).then(|| span(record.extra_offset.load(Relaxed), extra)),
+    )
+}
+
+/// Subscription and metadata of an item, copied out.
+pub(super) fn extra_bytes(segment: &Segment, front: u16, record: &ItemRecord) -> Option<Vec<u8>> {
+    let extra = record.extra_len.load(Relaxed) as usize;
+    match request_spans(record) {
+        (_, Some(span)) => segment.read_request(front, span.offset, span.len).map(<[u8]>::to_vec),
+        (payload, None) => {
+            let inline = if payload.is_some() { 0 } else { record.payload_len.load(Relaxed) as usize };
+            let mut line = [0; INLINE];
+            record.request.load(&mut line);
+            line.get(inline..inline + extra).map(<[u8]>::to_vec)
+        }
+    }
+}
+
+/// The metadata of an item, without the subscription.
+pub(super) fn metadata(segment: &Segment, front: u16, record: &ItemRecord) -> Vec<u8> {
+    let subscription = (record.kind.load(Relaxed) & !SUBMIT) as usize;
+    let mut bytes = extra_bytes(segment, front, record).unwrap_or_default();
+    bytes.drain(..subscription.min(bytes.len()));
+    bytes
+}

@@ -1,0 +1,141 @@
+//! Dispatch: offer, claim, complete, collect, sweep.
+//!
+//! # What it promises
+//!
+//! An item whose offer returned Ok is *accepted*: it is executed at least once and completed exactly once while the
+//! server lives, or taken back by its own front. A process that dies at any instruction blocks nobody, and
+//! [`sweep`] gives back what it held.
+//!
+//! # Why that holds
+//!
+//! **The item table is the truth.** An item's word ([`Word`]) alone says whose it is, and each transition of it is one
+//! atomic write. Lanes and return rings carry hints about the table, made after the transition they tell of; a stale
+//! or doubled hint fails the check against the word, and a lost one is found by scanning the table, which the
+//! successor of a dead process does. Allocators and free lists are private to one process and are rebuilt from the
+//! table.
+//!
+//! | record half | written by | while |
+//! |---|---|---|
+//! | request | front | FREE (before READY is stored) |
+//! | result | the claiming worker; the supervisor after the worker's death | CLAIMED (before DONE is stored) |
+//! | word | see [`Word`] | |
+
+mod failure;
+mod front;
+pub mod metadata;
+mod sweep;
+mod word;
+mod worker;
+
+pub use failure::Failure;
+pub use front::{Adopted, Completion, Front, Kind, Offer, OfferError, Outcome, Request};
+pub use sweep::{Swept, sweep_front, sweep_worker};
+pub use word::{Phase, SUPERVISOR, Word};
+pub use worker::{Claimed, Item, Reply, ReplyError, Worker};
+
+use std::sync::Arc;
+
+use crate::{
+    doorbell::Bell,
+    segment::{PRIORITIES, Segment, Slot},
+};
+
+/// The pools of a server and which worker slots are theirs. Private memory, the same in every process of a server.
+#[derive(Clone, Debug, Default)]
+pub struct Topology {
+    pools: Vec<(u16, u16)>,
+}
+
+impl Topology {
+    /// Of pools with so many workers each.
+    pub fn new(workers: impl IntoIterator<Item = u16>) -> Self {
+        let mut first = 0;
+        let pools = workers.into_iter().map(|count| {
+            first += count;
+            (first - count, count)
+        });
+        Topology { pools: pools.collect() }
+    }
+
+    /// The first worker of a pool and their number.
+    pub fn workers(&self, pool: u16) -> (u16, u16) {
+        self.pools[usize::from(pool)]
+    }
+
+    /// How many pools there are.
+    pub fn pools(&self) -> u16 {
+        self.pools.len() as u16
+    }
+
+    /// The pool of a worker.
+    pub fn pool_of(&self, worker: u16) -> Option<u16> {
+        self.pools.iter().position(|(first, count)| (*first..first + count).contains(&worker)).map(|pool| pool as u16)
+    }
+}
+
+/// The bells of all participants, inherited over fork.
+#[derive(Debug)]
+pub struct Bells {
+    fronts: Vec<Bell>,
+    workers: Vec<Bell>,
+}
+
+impl Bells {
+    /// One for each slot.
+    pub fn new(fronts: u16, workers: u16) -> std::io::Result<Arc<Self>> {
+        Ok(Arc::new(Bells {
+            fronts: (0..fronts).map(|_| Bell::pollable()).collect::<Result<_, _>>()?,
+            workers: (0..workers).map(|_| Bell::blocking()).collect::<Result<_, _>>()?,
+        }))
+    }
+
+    /// A front's.
+    pub fn front(&self, front: u16) -> &Bell {
+        &self.fronts[usize::from(front)]
+    }
+
+    /// A worker's.
+    pub fn worker(&self, worker: u16) -> &Bell {
+        &self.workers[usize::from(worker)]
+    }
+
+    /// Rings everybody, whether they sleep or not: after a death, and to drain.
+    pub fn ring_all(&self) {
+        self.fronts.iter().chain(&self.workers).for_each(ring);
+    }
+}
+
+/// Rings; a bell can only fail if it is no eventfd, and then there is nobody to tell.
+fn ring(bell: &Bell) {
+    if let Err(error) = bell.ring() {
+        tracing::error!(%error, "cannot ring a doorbell");
+    }
+}
+
+/// Wakes one idle worker of a pool, if there is one. Call it after pushing: it has the waker's fence.
+pub(crate) fn wake_worker(segment: &Segment, topology: &Topology, bells: &Bells, pool: u16) -> bool {
+    let (first, count) = topology.workers(pool);
+    match segment.idle(pool).wake_one() {
+        Some(bit) if bit < usize::from(count) => {
+            ring(bells.worker(first + bit as u16));
+            true
+        }
+        _ => false,
+    }
+}
+
+/// Wakes a participant if it sleeps at its door. Call it after publishing what it waits for.
+pub(crate) fn wake(segment: &Segment, bells: &Bells, slot: Slot) {
+    if segment.sleeping(slot).wake_one().is_some() {
+        match slot {
+            Slot::Front(n) => ring(bells.front(n)),
+            Slot::Worker(n) => ring(bells.worker(n)),
+            Slot::Supervisor => {}
+        }
+    }
+}
+
+/// The lane of a pool and priority.
+pub(crate) fn lane_of(pool: u16, priority: u32) -> u8 {
+    (u32::from(pool) * PRIORITIES + priority) as u8
+}

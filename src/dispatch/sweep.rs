@@ -1,0 +1,84 @@
+//! The supervisor's side: what a dead process held is given back.
+//!
+//! A sweep is only made after the proof of death (the pidfd fired), so nobody else may write what it writes. Each of
+//! its steps is one store, and running it again, by whoever takes over from a supervisor that died in the middle,
+//! does nothing twice: an item that was given back is no longer CLAIMED by the dead.
+
+use std::sync::atomic::Ordering::*;
+
+use super::{Bells, Failure, Phase, SUPERVISOR, Word, front};
+use crate::{
+    crash_point::crash_point,
+    ring::Hint,
+    segment::{INLINE, Segment},
+};
+
+/// What a sweep found.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Swept {
+    /// Items that other workers may claim again.
+    pub requeued: u32,
+    /// Items that were completed with a failure: out of attempts, or given up by their clients.
+    pub failed: u32,
+}
+
+/// Gives back what a dead worker had claimed. `failure` is what becomes of an item that had `max_attempts`.
+pub fn sweep_worker(segment: &Segment, bells: &Bells, worker: u16, max_attempts: u32, failure: &Failure) -> Swept {
+    let mut swept = Swept::default();
+    for index in 0..segment.geometry().items {
+        let record = segment.item(index);
+        let word = Word::load(&record.word);
+        if word.phase() != Phase::Claimed || word.owner() != worker {
+            continue;
+        }
+        let cancelled = record.is_cancelled(word.generation());
+        if cancelled || u32::from(word.attempts()) + 1 >= max_attempts {
+            let mut text = failure.encode();
+            text.truncate(INLINE);
+            record.result.store(&text);
+            record.result_len.store(text.len() as u32, Relaxed);
+            record.code.store(failure.code.into(), Relaxed);
+            let now = crate::process::now();
+            record.claimed.store(now, Relaxed);
+            record.done.store(now, Relaxed);
+            crash_point!("sweep.written");
+            let done = Word::new(word.generation(), word.lane(), SUPERVISOR, Phase::Done, word.attempts() + 1);
+            done.store(&record.word, word);
+            crash_point!("sweep.done");
+            swept.failed += 1;
+        } else {
+            let ready = word.requeued();
+            ready.store(&record.word, word);
+            crash_point!("sweep.ready");
+            let hint = Hint { index, generation: ready.generation() };
+            if segment.lane(ready.lane().into()).push(hint).is_err() {
+                tracing::error!(
+                    index,
+                    "a lane is full of stale hints: a retried item waits for its front to look for it"
+                );
+            }
+            crash_point!("sweep.pushed");
+            swept.requeued += 1;
+        }
+    }
+    // It may have completed items without telling their fronts, or have been woken for work it did not take.
+    for front in 0..segment.geometry().fronts {
+        segment.rescan(front as u16).store(1, Release);
+    }
+    bells.ring_all();
+    swept
+}
+
+/// Cleans up after a dead front: hints of its items may be missing, which its successor mends in
+/// [`super::Front::attach`]; what its calls' handlers still do is told to stop.
+pub fn sweep_front(segment: &Segment, bells: &Bells, number: u16) {
+    let (first, count) = front::share(segment, number);
+    for index in first..first + count {
+        let record = segment.item(index);
+        let word = Word::load(&record.word);
+        if word.phase() == Phase::Claimed && !front::is_submitted(record) {
+            record.cancel(word.generation());
+        }
+    }
+    bells.ring_all();
+}

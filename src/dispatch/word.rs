@@ -1,0 +1,172 @@
+//! The item's word: who owns an item, in what phase, in one atomic.
+//!
+//! ```text
+//!     generation 28 | lane 8 | owner 12 | phase 8 | attempts 8
+//!
+//!     FREE → READY(front) → CLAIMED(worker) → DONE(worker) → FREE
+//!              ^               |
+//!              └──── sweep ────┘   generation+1, attempts+1
+//! ```
+//!
+//! READY → CLAIMED is a CAS, because workers compete for it and a cancel (READY → FREE) competes with them. Each of
+//! the other transitions has exactly one process that may make it, so a Release store does: front FREE → READY and
+//! DONE → FREE, worker CLAIMED → DONE, and the supervisor in a dead process's stead after the proof of death. Debug
+//! builds make them by CAS and check.
+//!
+//! The lane is part of the word so that a hint whose generation has come round again (2^28 uses later) still claims
+//! nothing but an item that is READY in the very lane the hint was found in.
+
+use std::{
+    fmt,
+    sync::atomic::{
+        AtomicU64,
+        Ordering::{AcqRel, Acquire, Relaxed, Release},
+    },
+};
+
+use crate::ring::GENERATION_BITS;
+
+/// Where an item is in its life.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u8)]
+pub enum Phase {
+    /// The front's, to fill or to leave.
+    Free = 0,
+    /// Accepted; whoever claims it first has it.
+    Ready = 1,
+    /// A worker's.
+    Claimed = 2,
+    /// The result is there, and is the front's.
+    Done = 3,
+}
+
+/// A value of an item's word.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Word(u64);
+
+/// The owner of an item that the supervisor completed.
+pub const SUPERVISOR: u16 = 0xfff;
+
+const GENERATION_MASK: u32 = (1 << GENERATION_BITS) - 1;
+
+impl Word {
+    /// Of these fields; the owner is 12 bits.
+    pub const fn new(generation: u32, lane: u8, owner: u16, phase: Phase, attempts: u8) -> Self {
+        Word(
+            ((generation & GENERATION_MASK) as u64) << 36
+                | (lane as u64) << 28
+                | ((owner & 0xfff) as u64) << 16
+                | (phase as u64) << 8
+                | attempts as u64,
+        )
+    }
+
+    /// Counts the uses and retries of the record.
+    pub const fn generation(self) -> u32 {
+        (self.0 >> 36) as u32
+    }
+
+    /// The lane the item was offered in: pool × priorities + priority.
+    pub const fn lane(self) -> u8 {
+        (self.0 >> 28) as u8
+    }
+
+    /// The worker that claimed it, or [`SUPERVISOR`].
+    pub const fn owner(self) -> u16 {
+        (self.0 >> 16) as u16 & 0xfff
+    }
+
+    /// The phase. A value that no process of ours writes counts as FREE.
+    pub const fn phase(self) -> Phase {
+        match (self.0 >> 8) as u8 {
+            1 => Phase::Ready,
+            2 => Phase::Claimed,
+            3 => Phase::Done,
+            _ => Phase::Free,
+        }
+    }
+
+    /// How many workers have claimed it and died.
+    pub const fn attempts(self) -> u8 {
+        self.0 as u8
+    }
+
+    /// The same item in another phase and with another owner.
+    pub const fn with(self, phase: Phase, owner: u16) -> Self {
+        Word::new(self.generation(), self.lane(), owner, phase, self.attempts())
+    }
+
+    /// FREE → READY: a new use of the record.
+    pub const fn offered(self, lane: u8) -> Self {
+        Word::new(self.generation() + 1, lane, 0, Phase::Ready, 0)
+    }
+
+    /// CLAIMED → READY after a death: no hint, cancel or hand of before matches it.
+    pub const fn requeued(self) -> Self {
+        Word::new(self.generation() + 1, self.lane(), 0, Phase::Ready, self.attempts().saturating_add(1))
+    }
+
+    /// Reads a word. **I0'** Acquire: whatever was written before the word was is visible.
+    #[inline]
+    pub fn load(word: &AtomicU64) -> Self {
+        Word(word.load(Acquire))
+    }
+
+    /// Makes a transition that only this process may make. **I0** Release: pairs with the load and the claim.
+    #[inline]
+    pub fn store(self, word: &AtomicU64, from: Word) {
+        if cfg!(debug_assertions) {
+            let seen = word.compare_exchange(from.0, self.0, Release, Relaxed).map_err(Word);
+            assert!(seen.is_ok(), "{from:?} → {self:?}, but the word is {seen:?}");
+        } else {
+            word.store(self.0, Release);
+        }
+    }
+
+    /// Makes a transition that others compete for; the value found, if it was lost. **I1** AcqRel: a claim sees what
+    /// the front wrote, and what follows it is not seen before it.
+    #[inline]
+    pub fn exchange(self, word: &AtomicU64, from: Word) -> Result<(), Word> {
+        word.compare_exchange(from.0, self.0, AcqRel, Acquire).map(|_| ()).map_err(Word)
+    }
+}
+
+impl fmt::Debug for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(
+            f,
+            "{:?} generation {} lane {} owner {} attempts {}",
+            self.phase(),
+            self.generation(),
+            self.lane(),
+            self.owner(),
+            self.attempts()
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn fields_do_not_touch_each_other(
+            generation in 0..=GENERATION_MASK, lane: u8, owner in 0..=SUPERVISOR, phase in 0..4u8, attempts: u8,
+        ) {
+            let phase = [Phase::Free, Phase::Ready, Phase::Claimed, Phase::Done][phase as usize];
+            let word = Word::new(generation, lane, owner, phase, attempts);
+            prop_assert_eq!(
+                (word.generation(), word.lane(), word.owner(), word.phase(), word.attempts()),
+                (generation, lane, owner, phase, attempts)
+            );
+            let again = word.requeued();
+            prop_assert_eq!(again.generation(), (generation + 1) & GENERATION_MASK);
+            prop_assert_eq!((again.lane(), again.phase()), (lane, Phase::Ready));
+            prop_assert_eq!(again.attempts(), attempts.saturating_add(1));
+            prop_assert_eq!(Word::new(0, 0, 0, Phase::Free, 0), Word(0));
+        }
+    }
+}

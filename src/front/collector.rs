@@ -1,0 +1,141 @@
+//! The collector: the one task that rings workers, collects their results and decides when the front sleeps.
+//!
+//! It runs once for everything that the other tasks did before its turn, so that a burst of items costs one fence and
+//! at most one syscall. While more is likely to come soon it keeps the runtime polling (the sockets too, through
+//! `yield_now`) instead of sleeping; then it parks with the doorbell's protocol, and the runtime sleeps in epoll.
+
+use std::{
+    io,
+    time::{Duration, Instant},
+};
+
+use tokio::{
+    task::yield_now,
+    time::{sleep, sleep_until},
+};
+use tonic_health::{ServingStatus, server::HealthReporter};
+
+use super::hub::Hub;
+use crate::{
+    config::Spin,
+    doorbell::AsyncBell,
+    process::now,
+    segment::{Liveness, Slot, Stage},
+    spin::Spinner,
+};
+
+/// How long a woken worker may take to come before the next is woken. The timer exists only while an item waits and a
+/// worker of its pool sleeps.
+const LATE: Duration = Duration::from_millis(5);
+
+/// Collects until the server drains and no work is left.
+pub async fn run(hub: &Hub, bell: &AsyncBell, reporter: HealthReporter, spin: Spin) -> io::Result<()> {
+    let segment = hub.with_front(|front| front.segment());
+    let mut spinner = Spinner::new(spin);
+    let mut spinning = None;
+    let mut idle = false;
+    let mut slept = false;
+    let mut seen = hub.activity.get();
+    let mut epoch = None;
+    loop {
+        hub.release_sent();
+        hub.with_front(|front| front.ring());
+        let (count, done_at) = hub.collect();
+        let deadline = hub.expire();
+        if epoch != Some(segment.epoch()) {
+            epoch = Some(segment.epoch());
+            report_health(hub, &reporter).await;
+            if segment.stage() != Stage::Serving && !hub.draining.send_replace(true) {
+                hub.wake_all();
+            }
+        }
+        if hub.is_draining() && is_drained(hub) {
+            return Ok(());
+        }
+
+        let active = count > 0 || seen != hub.activity.get();
+        if active {
+            seen = hub.activity.get();
+            if idle {
+                // When a request reached the socket nobody knows; when a result was there is known.
+                let arrived = if count > 0 { done_at } else { now() };
+                spinner.busy(arrived, slept && count > 0);
+                idle = false;
+            }
+            slept = false;
+            spinning = None;
+            yield_now().await;
+            continue;
+        }
+        if !idle {
+            idle = true;
+            spinning = spinner.idle();
+        }
+        if let Some(spin) = &mut spinning {
+            if spin.goes_on(&mut spinner) {
+                yield_now().await;
+                continue;
+            }
+            spinning = None;
+        }
+
+        hub.with_front(|front| front.going_to_sleep());
+        // Whatever came before the flag was up must be seen now: the doorbell's protocol. What came by another task of
+        // this thread is told by `notify`, which remembers.
+        if hub.collect().0 > 0 || epoch != Some(segment.epoch()) {
+            hub.with_front(|front| front.awake());
+            hub.activity.set(hub.activity.get() + 1);
+            continue;
+        }
+        let late = hub.with_front(|front| front.somebody_is_late());
+        tokio::select! {
+            biased;
+            () = hub.notify.notified() => {}
+            rung = bell.wait() => rung?,
+            () = until(deadline) => {}
+            () = sleep(LATE), if late => hub.with_front(|front| front.ring_next()),
+        }
+        slept = true;
+        hub.with_front(|front| front.awake());
+    }
+}
+
+async fn until(deadline: Option<u64>) {
+    match deadline {
+        Some(deadline) => {
+            let left = Duration::from_nanos(deadline.saturating_sub(now()));
+            match Instant::now().checked_add(left) {
+                Some(at) => sleep_until(at.into()).await,
+                None => std::future::pending().await,
+            }
+        }
+        None => std::future::pending().await,
+    }
+}
+
+/// A draining front is done when no RPC waits for an item and no submitted item is in work.
+fn is_drained(hub: &Hub) -> bool {
+    let (pending, waiting) = hub.undelivered();
+    let done = pending == 0 && !hub.is_waited_for();
+    if done && waiting > 0 {
+        tracing::info!(results = waiting, "results wait for their subscribers");
+    }
+    done
+}
+
+/// A pool serves while one of its workers lives; the server, while one of its pools does.
+async fn report_health(hub: &Hub, reporter: &HealthReporter) {
+    let (segment, topology) = hub.with_front(|front| (front.segment(), front.topology().clone()));
+    let serving = segment.stage() == Stage::Serving;
+    let status = |ok| if ok { ServingStatus::Serving } else { ServingStatus::NotServing };
+    let mut any = false;
+    for (pool, name) in hub.pools.iter().enumerate() {
+        let (first, count) = topology.workers(pool as u16);
+        let alive = (first..first + count).any(|n| matches!(segment.liveness(Slot::Worker(n)), Liveness::Live(_)));
+        any |= alive;
+        reporter.set_service_status(name, status(serving && alive)).await;
+    }
+    for name in ["", "forkring.v1.Dispatcher"] {
+        reporter.set_service_status(name, status(serving && any)).await;
+    }
+}

@@ -1,0 +1,477 @@
+//! The hub: what the tasks of a front share.
+//!
+//! RPCs offer items and get their results in a [`Mailbox`]; the collector puts them there. An item belongs to one
+//! mailbox; when an RPC ends before its items do, it abandons its mailbox, and what it left is cancelled. Everything
+//! is a plain cell: there is one thread, and no borrow is held across an await.
+
+use std::{
+    cell::{Cell, RefCell},
+    cmp::Reverse,
+    collections::{BinaryHeap, HashMap, VecDeque},
+    rc::Rc,
+    sync::{Arc, Mutex, PoisonError},
+    task::{Poll, Waker},
+    time::Duration,
+};
+
+use tokio::sync::{Notify, watch};
+
+use crate::{
+    config::Config,
+    dispatch::{Adopted, Completion, Failure, Front, Kind, Offer, OfferError, Request},
+    process::now,
+    segment::PRIORITIES,
+};
+
+use super::{status::Refusal, wire::ItemHead};
+
+/// Of the item table and the arena, what streams leave to calls, which cannot wait: one part in so many.
+const RESERVE: usize = 16;
+
+/// What an item of an RPC ended with.
+#[derive(Debug)]
+pub enum Ending {
+    /// Completed; the result is in shared memory until it is released.
+    Completed(Completion),
+    /// Failed before a worker completed it.
+    Failed {
+        /// The client's own id.
+        id: u64,
+        /// Why.
+        failure: Failure,
+    },
+}
+
+/// Where the results of an RPC's items arrive.
+#[derive(Debug, Default)]
+pub struct Mailbox {
+    ready: RefCell<VecDeque<Ending>>,
+    waker: RefCell<Option<Waker>>,
+}
+
+impl Mailbox {
+    fn deliver(&self, ending: Ending) {
+        self.ready.borrow_mut().push_back(ending);
+        self.wake();
+    }
+
+    pub fn wake(&self) {
+        if let Some(waker) = self.waker.borrow_mut().take() {
+            waker.wake();
+        }
+    }
+
+    /// The next result, or the waker is kept until there is one.
+    pub fn poll(&self, waker: &Waker) -> Poll<Ending> {
+        match self.take() {
+            Some(ending) => Poll::Ready(ending),
+            None => {
+                self.keep(waker);
+                Poll::Pending
+            }
+        }
+    }
+
+    /// The next result, if there is one.
+    pub fn take(&self) -> Option<Ending> {
+        self.ready.borrow_mut().pop_front()
+    }
+
+    /// Wakes this task when there is a result.
+    pub fn keep(&self, waker: &Waker) {
+        let mut kept = self.waker.borrow_mut();
+        if !kept.as_ref().is_some_and(|kept| kept.will_wake(waker)) {
+            *kept = Some(waker.clone());
+        }
+    }
+}
+
+/// The results of one subscription that wait for a subscriber: a part of the outbox.
+#[derive(Debug, Default)]
+pub struct Subscription {
+    ready: RefCell<VecDeque<Completion>>,
+    wakers: RefCell<Vec<Waker>>,
+    /// Items that were accepted and are not completed.
+    pub pending: Cell<usize>,
+}
+
+impl Subscription {
+    /// The oldest result.
+    pub fn take(&self) -> Option<Completion> {
+        self.ready.borrow_mut().pop_front()
+    }
+
+    /// Puts results back that were not written to their subscriber, before all others and in their order.
+    pub fn put_back(&self, results: impl DoubleEndedIterator<Item = Completion>) {
+        let mut ready = self.ready.borrow_mut();
+        results.rev().for_each(|result| ready.push_front(result));
+        drop(ready);
+        self.wake();
+    }
+
+    /// Wakes this subscriber when there is a result.
+    pub fn keep(&self, waker: &Waker) {
+        let mut wakers = self.wakers.borrow_mut();
+        if !wakers.iter().any(|kept| kept.will_wake(waker)) {
+            wakers.push(waker.clone());
+        }
+    }
+
+    /// Whether nothing waits here and nothing will come.
+    pub fn is_done(&self) -> bool {
+        self.pending.get() == 0 && self.ready.borrow().is_empty()
+    }
+
+    fn wake(&self) {
+        self.wakers.borrow_mut().drain(..).for_each(Waker::wake);
+    }
+}
+
+/// Whose an item is.
+#[derive(Clone, Debug)]
+enum Owner {
+    Rpc(Rc<Mailbox>),
+    Subscription(Rc<Subscription>),
+}
+
+/// Items whose results hyper has sent or thrown away: their guards may be dropped anywhere, so this is the one thing
+/// behind a lock. Nobody ever waits for it, there being one thread.
+#[derive(Debug, Default)]
+pub struct Released {
+    items: Mutex<Vec<u32>>,
+    notify: Arc<Notify>,
+}
+
+impl Released {
+    /// The item's result is not looked at any more.
+    pub fn push(&self, index: u32) {
+        self.items.lock().unwrap_or_else(PoisonError::into_inner).push(index);
+        self.notify.notify_one();
+    }
+}
+
+/// What the tasks of a front share.
+pub struct Hub {
+    front: RefCell<Front<'static>>,
+    owners: RefCell<Vec<Option<Owner>>>,
+    subscriptions: RefCell<HashMap<String, Rc<Subscription>>>,
+    /// Of items whose deadlines are to be watched, the next first.
+    deadlines: RefCell<BinaryHeap<Reverse<(u64, u32, u64)>>>,
+    /// Tasks that wait for room.
+    room: RefCell<Vec<Waker>>,
+    /// Submitted items that are not delivered yet.
+    submitted: Cell<usize>,
+    /// Tells offers apart that used the same record.
+    offers: Cell<u64>,
+    serials: RefCell<Vec<u64>>,
+    pub released: Arc<Released>,
+    /// Wakes the collector.
+    pub notify: Arc<Notify>,
+    /// Counts what the sockets brought: the collector's spinning goes by it.
+    pub activity: Cell<u64>,
+    /// True once the server drains.
+    pub draining: watch::Sender<bool>,
+    pub pools: Vec<String>,
+    pub max_message: usize,
+    pub body_timeout: Duration,
+    outbox: usize,
+    reserve: usize,
+}
+
+/// An item that could not be offered.
+#[derive(Debug)]
+pub enum NotOffered {
+    /// It may be later: wait for room, or refuse.
+    Later(OfferError),
+    /// Its own fault.
+    Never(Refusal),
+}
+
+impl Hub {
+    pub fn new(front: Front<'static>, adopted: Vec<Adopted>, pools: Vec<String>, config: &Config) -> Self {
+        let items = front.segment().geometry().items as usize;
+        let notify = Arc::new(Notify::new());
+        let hub = Hub {
+            owners: RefCell::new(vec![None; items]),
+            subscriptions: RefCell::default(),
+            deadlines: RefCell::default(),
+            room: RefCell::default(),
+            submitted: Cell::new(0),
+            offers: Cell::new(0),
+            serials: RefCell::new(vec![0; items]),
+            released: Arc::new(Released { items: Mutex::default(), notify: notify.clone() }),
+            notify,
+            activity: Cell::new(0),
+            draining: watch::Sender::new(false),
+            pools,
+            max_message: config.max_message.bytes().min(front.largest_request()) as usize,
+            body_timeout: config.body_timeout,
+            outbox: config.outbox() as usize,
+            reserve: items / RESERVE,
+            front: RefCell::new(front),
+        };
+        for Adopted { index, subscription } in adopted {
+            let subscription = hub.subscription(&String::from_utf8_lossy(&subscription));
+            hub.own_submitted(index, subscription);
+        }
+        hub
+    }
+
+    pub fn with_front<R>(&self, f: impl FnOnce(&mut Front<'static>) -> R) -> R {
+        f(&mut self.front.borrow_mut())
+    }
+
+    pub fn is_draining(&self) -> bool {
+        *self.draining.borrow()
+    }
+
+    /// The pool of that name; the only one, if the name is empty.
+    fn pool(&self, name: &str) -> Result<u16, Refusal> {
+        match (name, &self.pools[..]) {
+            ("", [_]) => Ok(0),
+            ("", _) => Err(Refusal::no_pool(&self.pools)),
+            _ => match self.pools.iter().position(|pool| pool == name) {
+                Some(pool) => Ok(pool as u16),
+                None => Err(Refusal::unknown_pool(name, &self.pools)),
+            },
+        }
+    }
+
+    /// Offers an item for an RPC that waits for it in its mailbox; its index. `deadline` is the RPC's own, 0 for none.
+    pub fn offer_call(
+        &self,
+        head: &ItemHead,
+        request: &mut Request,
+        deadline: u64,
+        mailbox: &Rc<Mailbox>,
+        is_stream: bool,
+    ) -> Result<u32, NotOffered> {
+        let index = self.offer(head, request, deadline, Kind::Call, is_stream)?;
+        self.owners.borrow_mut()[index as usize] = Some(Owner::Rpc(mailbox.clone()));
+        Ok(index)
+    }
+
+    /// Offers an item for its subscription.
+    pub fn offer_submitted(&self, head: &ItemHead, request: &mut Request) -> Result<(), NotOffered> {
+        if self.submitted.get() >= self.outbox {
+            return Err(NotOffered::Later(OfferError::Items));
+        }
+        let index = self.offer(head, request, 0, Kind::Submit, true)?;
+        self.own_submitted(index, self.subscription(&head.subscription));
+        Ok(())
+    }
+
+    fn own_submitted(&self, index: u32, subscription: Rc<Subscription>) {
+        self.submitted.set(self.submitted.get() + 1);
+        subscription.pending.set(subscription.pending.get() + 1);
+        self.owners.borrow_mut()[index as usize] = Some(Owner::Subscription(subscription));
+    }
+
+    fn offer(
+        &self,
+        head: &ItemHead,
+        request: &mut Request,
+        deadline: u64,
+        kind: Kind,
+        is_stream: bool,
+    ) -> Result<u32, NotOffered> {
+        let pool = self.pool(&head.pool).map_err(NotOffered::Never)?;
+        if head.priority >= PRIORITIES {
+            return Err(NotOffered::Never(Refusal::priority(head.priority)));
+        }
+        let mut front = self.front.borrow_mut();
+        if is_stream && front.free_items() <= self.reserve {
+            return Err(NotOffered::Later(OfferError::Items));
+        }
+        let offered = now();
+        let own = head.timeout.map_or(0, |timeout| deadline_after(offered, timeout));
+        let deadline = match (deadline, own) {
+            (0, one) | (one, 0) => one,
+            (a, b) => a.min(b),
+        };
+        let offer = Offer {
+            pool,
+            priority: head.priority,
+            id: head.id,
+            offered,
+            deadline,
+            kind,
+            subscription: if kind == Kind::Submit { head.subscription.as_bytes() } else { &[] },
+            metadata: &head.metadata,
+        };
+        let index = front.offer(&offer, request).map_err(NotOffered::Later)?;
+        drop(front);
+        self.activity.set(self.activity.get() + 1);
+        let serial = self.offers.get() + 1;
+        self.offers.set(serial);
+        self.serials.borrow_mut()[index as usize] = serial;
+        if deadline != 0 {
+            self.deadlines.borrow_mut().push(Reverse((deadline, index, serial)));
+        }
+        // It rings the workers, once for all that is offered before its turn comes.
+        self.notify.notify_one();
+        Ok(index)
+    }
+
+    /// Memory for a payload.
+    pub fn request(&self, len: usize) -> Result<Request, OfferError> {
+        self.front.borrow_mut().request(len)
+    }
+
+    pub fn write(&self, request: &mut Request, bytes: &[u8]) {
+        self.front.borrow().write(request, bytes);
+    }
+
+    pub fn discard(&self, request: Request) {
+        if self.front.borrow_mut().discard(request) {
+            self.wake_room();
+        }
+    }
+
+    /// Wakes this task when there may be room again.
+    pub fn wait_for_room(&self, waker: &Waker) {
+        let mut room = self.room.borrow_mut();
+        if !room.iter().any(|kept| kept.will_wake(waker)) {
+            room.push(waker.clone());
+        }
+    }
+
+    fn wake_room(&self) {
+        // They may come back at once.
+        let room = std::mem::take(&mut *self.room.borrow_mut());
+        room.into_iter().for_each(Waker::wake);
+    }
+
+    /// Wakes everybody who waits for anything here: the drain has begun.
+    pub fn wake_all(&self) {
+        self.wake_room();
+        self.subscriptions.borrow().values().for_each(|subscription| subscription.wake());
+        for owner in self.owners.borrow().iter().flatten() {
+            if let Owner::Rpc(mailbox) = owner {
+                mailbox.wake();
+            }
+        }
+    }
+
+    /// The results of a subscription, from the past and to come.
+    pub fn subscription(&self, name: &str) -> Rc<Subscription> {
+        if let Some(subscription) = self.subscriptions.borrow().get(name) {
+            return subscription.clone();
+        }
+        let subscription = Rc::<Subscription>::default();
+        self.subscriptions.borrow_mut().insert(name.to_owned(), subscription.clone());
+        subscription
+    }
+
+    /// A subscription that nobody subscribes to and that has nothing need not be remembered.
+    pub fn forget_if_unused(&self, name: &str) {
+        let mut subscriptions = self.subscriptions.borrow_mut();
+        if subscriptions.get(name).is_some_and(|one| one.is_done() && Rc::strong_count(one) <= 2) {
+            subscriptions.remove(name);
+        }
+    }
+
+    /// Submitted items whose results nobody has fetched: those in work, and those that wait.
+    pub fn undelivered(&self) -> (usize, usize) {
+        let pending = self.subscriptions.borrow().values().map(|subscription| subscription.pending.get()).sum();
+        (pending, self.submitted.get() - pending)
+    }
+
+    /// Whether an RPC waits for an item.
+    pub fn is_waited_for(&self) -> bool {
+        self.owners.borrow().iter().flatten().any(|owner| matches!(owner, Owner::Rpc(_)))
+    }
+
+    /// Hands all completed items to their owners; how many, and since when the first was done.
+    pub fn collect(&self) -> (usize, u64) {
+        let (mut count, mut first) = (0, u64::MAX);
+        loop {
+            let Some(completion) = self.front.borrow_mut().collect() else { break };
+            count += 1;
+            first = first.min(completion.times[2]);
+            let owner = self.owners.borrow_mut()[completion.index as usize].take();
+            match owner {
+                Some(Owner::Rpc(mailbox)) => mailbox.deliver(Ending::Completed(completion)),
+                Some(Owner::Subscription(subscription)) => {
+                    subscription.pending.set(subscription.pending.get() - 1);
+                    subscription.ready.borrow_mut().push_back(completion);
+                    subscription.wake();
+                }
+                None => self.release(completion.index),
+            }
+        }
+        (count, first)
+    }
+
+    /// The result has been copied and the record may be used again.
+    pub fn release(&self, index: u32) {
+        self.front.borrow_mut().release(index);
+        self.wake_room();
+    }
+
+    /// The result of a submitted item has been written to its subscriber.
+    pub fn release_submitted(&self, index: u32) {
+        self.submitted.set(self.submitted.get() - 1);
+        self.release(index);
+    }
+
+    /// Releases the items whose results have been sent straight from the arena.
+    pub fn release_sent(&self) {
+        let items = std::mem::take(&mut *self.released.items.lock().unwrap_or_else(PoisonError::into_inner));
+        for index in items {
+            self.release(index);
+        }
+    }
+
+    /// An RPC has ended before its items: cancels those in work and releases those that are done. `only` is its one
+    /// item, if it has no more.
+    pub fn abandon(&self, mailbox: &Rc<Mailbox>, only: Option<u32>) {
+        let mut owners = self.owners.borrow_mut();
+        let all = owners.len() as u32;
+        for index in only.map_or(0..all, |index| index..index + 1) {
+            let owner = &mut owners[index as usize];
+            if matches!(owner, Some(Owner::Rpc(other)) if Rc::ptr_eq(other, mailbox)) {
+                *owner = None;
+                self.front.borrow_mut().cancel(index);
+            }
+        }
+        drop(owners);
+        while let Some(ending) = mailbox.take() {
+            if let Ending::Completed(completion) = ending {
+                self.front.borrow_mut().release(completion.index);
+            }
+        }
+        self.wake_room();
+    }
+
+    /// Fails the items whose deadlines have passed: those of calls at once, whoever has them. A submitted item fails
+    /// when a worker comes to it. Returns the next deadline.
+    pub fn expire(&self) -> Option<u64> {
+        let now = now();
+        loop {
+            let &Reverse((deadline, index, serial)) = self.deadlines.borrow().peek()?;
+            let is_over = self.serials.borrow()[index as usize] != serial || {
+                let owners = self.owners.borrow();
+                !matches!(owners[index as usize], Some(Owner::Rpc(_)))
+            };
+            if !is_over && deadline > now {
+                return Some(deadline);
+            }
+            self.deadlines.borrow_mut().pop();
+            if is_over {
+                continue;
+            }
+            if let Some(Owner::Rpc(mailbox)) = self.owners.borrow_mut()[index as usize].take() {
+                let id = self.front.borrow().id(index);
+                self.front.borrow_mut().cancel(index);
+                mailbox.deliver(Ending::Failed { id, failure: Failure::deadline() });
+            }
+            self.wake_room();
+        }
+    }
+}
+
+/// A time that much after another, on the clock of [`now`]; never 0, which means none.
+pub fn deadline_after(now: u64, timeout: Duration) -> u64 {
+    now.saturating_add(u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)).max(1)
+}

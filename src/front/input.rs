@@ -1,0 +1,168 @@
+//! Input: items from the body of a request, as the frames come.
+//!
+//! The payload is copied once, from the frame to its place in shared memory, which is reserved when its length is
+//! known. A client that stops in the middle of a message pins that memory for `body_timeout` at most.
+
+use std::{
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll, ready},
+};
+
+use bytes::{Buf, Bytes};
+use http_body::Body;
+use hyper::body::Incoming;
+use tokio::time::{Sleep, sleep};
+
+use super::{
+    hub::Hub,
+    status::Refusal,
+    wire::{Event, ItemDecoder, ItemHead},
+};
+use crate::dispatch::Request;
+
+/// The items of one request.
+pub struct Input {
+    hub: Rc<Hub>,
+    body: Option<Incoming>,
+    chunk: Bytes,
+    decoder: ItemDecoder,
+    request: Request,
+    /// The next message is complete and has not been taken.
+    complete: bool,
+    /// Memory for a payload of so many bytes is waited for.
+    wanted: Option<usize>,
+    timeout: Option<Pin<Box<Sleep>>>,
+}
+
+impl Input {
+    pub fn new(hub: Rc<Hub>, body: Incoming) -> Self {
+        let decoder = ItemDecoder::new(hub.max_message);
+        Input {
+            hub,
+            body: Some(body),
+            chunk: Bytes::new(),
+            decoder,
+            request: Request::default(),
+            complete: false,
+            wanted: None,
+            timeout: None,
+        }
+    }
+
+    /// Reads up to the end of the next item; false at the end of the stream. If there is no memory for a payload, waits for
+    /// it or, if it must not, refuses.
+    pub fn poll_item(&mut self, cx: &mut Context<'_>, may_wait: bool) -> Poll<Result<bool, Refusal>> {
+        loop {
+            if self.complete {
+                return Poll::Ready(Ok(true));
+            }
+            if let Some(len) = self.wanted {
+                match self.hub.request(len) {
+                    Ok(request) => {
+                        self.replace(request);
+                        self.wanted = None;
+                    }
+                    Err(error) if !may_wait => return Poll::Ready(Err(error.into())),
+                    Err(_) => {
+                        self.hub.wait_for_room(cx.waker());
+                        return Poll::Pending;
+                    }
+                }
+            }
+            if !self.chunk.is_empty() {
+                self.decode()?;
+                continue;
+            }
+            let Some(body) = &mut self.body else { return Poll::Ready(Ok(false)) };
+            match Pin::new(body).poll_frame(cx) {
+                Poll::Ready(Some(Ok(frame))) => {
+                    self.timeout = None;
+                    // Trailers of a request mean nothing in gRPC.
+                    self.chunk = frame.into_data().unwrap_or_default();
+                }
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(Refusal::broken(&error))),
+                Poll::Ready(None) => {
+                    self.body = None;
+                    self.timeout = None;
+                    self.decoder.finish()?;
+                }
+                Poll::Pending => {
+                    if self.decoder.in_message() {
+                        ready!(self.poll_timeout(cx));
+                        return Poll::Ready(Err(Refusal::body_timeout(self.hub.body_timeout)));
+                    }
+                    return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// Decodes the chunk up to the next thing to do.
+    fn decode(&mut self) -> Result<(), Refusal> {
+        let mut rest = &self.chunk[..];
+        let before = rest.len();
+        loop {
+            match self.decoder.next(&mut rest)? {
+                Some(Event::Payload { len }) => match self.hub.request(len) {
+                    Ok(request) => {
+                        let old = std::mem::replace(&mut self.request, request);
+                        self.hub.discard(old);
+                    }
+                    Err(_) => {
+                        self.wanted = Some(len);
+                        break;
+                    }
+                },
+                Some(Event::Bytes(bytes)) => self.hub.write(&mut self.request, bytes),
+                Some(Event::Item) => {
+                    self.complete = true;
+                    break;
+                }
+                None => break,
+            }
+        }
+        let used = before - rest.len();
+        self.chunk.advance(used);
+        Ok(())
+    }
+
+    fn replace(&mut self, request: Request) {
+        let old = std::mem::replace(&mut self.request, request);
+        self.hub.discard(old);
+    }
+
+    fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        let timeout = self.hub.body_timeout;
+        self.timeout.get_or_insert_with(|| Box::pin(sleep(timeout))).as_mut().poll(cx)
+    }
+
+    /// The item that [`Input::poll_item`] found, until [`Input::next`].
+    pub fn item(&mut self) -> (&ItemHead, &mut Request) {
+        (self.decoder.head(), &mut self.request)
+    }
+
+    /// Done with this item, whether its request was taken or not.
+    pub fn next(&mut self) {
+        self.complete = false;
+        self.replace(Request::default());
+    }
+
+    /// Whether bytes follow the item that were sent with it.
+    pub fn has_more(&self) -> bool {
+        !self.chunk.is_empty()
+    }
+
+    /// Reads nothing more.
+    pub fn close(&mut self) {
+        self.body = None;
+        self.chunk = Bytes::new();
+        self.timeout = None;
+    }
+}
+
+impl Drop for Input {
+    fn drop(&mut self) {
+        self.replace(Request::default());
+    }
+}

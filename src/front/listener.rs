@@ -1,0 +1,124 @@
+//! The listener: accepts connections and serves each until it ends or the server drains.
+//!
+//! It is our own, over hyper, because the front's state belongs to one thread (tonic's server wants `Send`), and because
+//! it must do well when things go badly: without file descriptors it waits instead of spinning, a client that says
+//! nothing is shown out, and there is a limit to connections.
+
+use std::{io, net::TcpListener, rc::Rc, sync::Arc, time::Duration};
+
+use hyper::{rt::Executor, server::conn::http2, service::service_fn};
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::{
+    net::TcpStream,
+    sync::{OwnedSemaphorePermit, Semaphore},
+    task::{JoinSet, spawn_local},
+    time::{sleep, timeout},
+};
+use tonic::service::Routes;
+
+use super::{hub::Hub, service::answer};
+
+/// Unread bytes that a client may have under way, on a stream and on a connection, and the largest frame it may send:
+/// wide enough that a payload of a megabyte does not wait for window updates.
+const STREAM_WINDOW: u32 = 2 << 20;
+const CONNECTION_WINDOW: u32 = 8 << 20;
+const MAX_FRAME: u32 = 1 << 20;
+/// Bytes of responses that HTTP/2 buffers for a stream whose client reads slowly.
+const SEND_BUFFER: usize = 1 << 20;
+const MAX_STREAMS: u32 = 2048;
+const MAX_HEADERS: u32 = 16 << 10;
+/// How long a new connection may say nothing.
+const FIRST_BYTE: Duration = Duration::from_secs(10);
+/// A connection that has been silent this long is asked whether it is still there, and closed if it does not answer.
+const KEEP_ALIVE: Duration = Duration::from_secs(60);
+const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+/// How long to leave the listener alone when accepting fails, as it does without file descriptors.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
+
+/// Runs hyper's tasks on this thread.
+#[derive(Clone, Copy, Debug)]
+struct Local;
+
+impl<F: Future<Output: 'static> + 'static> Executor<F> for Local {
+    fn execute(&self, future: F) {
+        spawn_local(future);
+    }
+}
+
+/// Accepts until the server drains, then waits for the connections to end.
+pub async fn accept(listener: TcpListener, hub: Rc<Hub>, routes: Routes, max_connections: u32) -> io::Result<()> {
+    listener.set_nonblocking(true)?;
+    let listener = tokio::net::TcpListener::from_std(listener)?;
+    let mut draining = hub.draining.subscribe();
+    let room = Arc::new(Semaphore::new(max_connections as usize));
+    let mut connections = JoinSet::new();
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            _ = draining.wait_for(|draining| *draining) => break,
+            accepted = accept_one(&listener, &room) => accepted,
+            Some(_) = connections.join_next() => continue,
+        };
+        match accepted {
+            Ok((stream, permit)) => {
+                let (hub, routes) = (hub.clone(), routes.clone());
+                connections.spawn_local(async move {
+                    serve(stream, hub, routes).await;
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept connections: raise the limit of open files (ulimit -n)?");
+                sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    drop(listener);
+    while connections.join_next().await.is_some() {}
+    Ok(())
+}
+
+/// The next connection, once there is room for it; until then it waits in the kernel's queue.
+async fn accept_one(
+    listener: &tokio::net::TcpListener,
+    room: &Arc<Semaphore>,
+) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+    // It fails only when the semaphore is closed, which it never is.
+    let permit = room.clone().acquire_owned().await.map_err(io::Error::other)?;
+    let (stream, _) = listener.accept().await?;
+    stream.set_nodelay(true)?;
+    Ok((stream, permit))
+}
+
+async fn serve(stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
+    // HTTP/2's own keep-alive begins only after its handshake.
+    if !matches!(timeout(FIRST_BYTE, stream.readable()).await, Ok(Ok(()))) {
+        tracing::debug!("a client connected and said nothing");
+        return;
+    }
+    let mut draining = hub.draining.subscribe();
+    let service = service_fn(move |request| answer(hub.clone(), routes.clone(), request));
+    let mut connection = http2::Builder::new(Local);
+    connection
+        .timer(TokioTimer::new())
+        .initial_stream_window_size(STREAM_WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_frame_size(MAX_FRAME)
+        .max_send_buf_size(SEND_BUFFER)
+        .max_concurrent_streams(MAX_STREAMS)
+        .max_header_list_size(MAX_HEADERS)
+        .keep_alive_interval(KEEP_ALIVE)
+        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
+    let mut connection = std::pin::pin!(connection.serve_connection(TokioIo::new(stream), service));
+    let ended = tokio::select! {
+        ended = connection.as_mut() => ended,
+        _ = draining.wait_for(|draining| *draining) => {
+            // GOAWAY: no new streams; those that are open end by themselves.
+            connection.as_mut().graceful_shutdown();
+            connection.await
+        }
+    };
+    if let Err(error) = ended {
+        tracing::debug!(%error, "a connection broke");
+    }
+}

@@ -1,0 +1,155 @@
+//! Output: results as gRPC messages.
+//!
+//! A small result is copied next to its message's other fields, many to a frame. A large one is sent in place: its
+//! frame is a view of the arena, and the item is freed when HTTP/2 has let go of it.
+
+use std::sync::Arc;
+
+use bytes::{Bytes, BytesMut};
+use http::HeaderMap;
+use tonic::{Code, Status};
+
+use super::{
+    hub::{Ending, Hub, Released},
+    status::Refusal,
+    wire::{ResultHead, ResultStatus, encode_result, encode_result_prefix},
+};
+use crate::{
+    dispatch::{Completion, Failure, Outcome},
+    process::now,
+    segment::INLINE,
+};
+
+/// Results up to this many bytes are copied: an HTTP/2 frame of its own costs more.
+const COPIED: usize = 16 << 10;
+/// A frame is full with so many bytes.
+pub const FRAME: usize = 32 << 10;
+
+/// A result in the arena. Dropping it frees the item.
+struct InPlace {
+    bytes: &'static [u8],
+    index: u32,
+    released: Arc<Released>,
+}
+
+impl AsRef<[u8]> for InPlace {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes
+    }
+}
+
+impl Drop for InPlace {
+    fn drop(&mut self) {
+        self.released.push(self.index);
+    }
+}
+
+/// Appends the message of an item's end to `out` and frees the item; a large result comes back as what must follow.
+pub fn encode(hub: &Hub, ending: Ending, out: &mut BytesMut) -> Option<Bytes> {
+    let completion = match ending {
+        Ending::Completed(completion) => completion,
+        Ending::Failed { id, failure } => {
+            let refusal = failure.into();
+            encode_refusal(out, id, &refusal);
+            return None;
+        }
+    };
+    let in_place = encode_kept(hub, &completion, out);
+    match in_place {
+        None => {
+            hub.release(completion.index);
+            None
+        }
+        Some(bytes) => {
+            Some(Bytes::from_owner(InPlace { bytes, index: completion.index, released: hub.released.clone() }))
+        }
+    }
+}
+
+/// The same, but the item is kept, and what must follow is a view of its arena.
+pub fn encode_kept(hub: &Hub, completion: &Completion, out: &mut BytesMut) -> Option<&'static [u8]> {
+    let mut line = [0; INLINE];
+    let result = result(hub, completion, &mut line);
+    let failure = failure(completion, result);
+    let head = head(completion, failure.as_ref());
+    let payload = if failure.is_some() { &[] } else { result };
+    if payload.len() <= COPIED {
+        encode_result(out, &head, payload);
+        return None;
+    }
+    encode_result_prefix(out, &head, payload.len());
+    hub.with_front(|front| front.arena_result(completion))
+}
+
+fn result<'a>(hub: &Hub, completion: &Completion, line: &'a mut [u8; INLINE]) -> &'a [u8] {
+    hub.with_front(|front| match front.inline_result(completion, line) {
+        Some(bytes) => bytes,
+        None => front.arena_result(completion).unwrap_or_default(),
+    })
+}
+
+/// Why a completed item failed, if it did.
+fn failure(completion: &Completion, result: &[u8]) -> Option<Refusal> {
+    match completion.outcome {
+        Outcome::Success => None,
+        Outcome::Invalid => Some(Refusal::invalid_result()),
+        Outcome::Failure(code) => Some(Failure::from_result(code, result).into()),
+    }
+}
+
+fn head<'a>(completion: &Completion, failure: Option<&'a Refusal>) -> ResultHead<'a> {
+    let [offered, claimed, done] = completion.times;
+    ResultHead {
+        id: completion.id,
+        status: failure.map(result_status),
+        queued_ns: claimed.saturating_sub(offered),
+        worked_ns: done.saturating_sub(claimed),
+        returned_ns: now().saturating_sub(done),
+        attempts: completion.attempts,
+        worker: completion.worker.into(),
+    }
+}
+
+fn result_status(refusal: &Refusal) -> ResultStatus<'_> {
+    ResultStatus { code: refusal.code as i32, message: &refusal.message, reason: &refusal.reason }
+}
+
+/// Appends the result of an item that never ran.
+pub fn encode_refusal(out: &mut BytesMut, id: u64, refusal: &Refusal) {
+    let head = ResultHead { id, status: Some(result_status(refusal)), ..Default::default() };
+    encode_result(out, &head, &[]);
+}
+
+/// The end of a call: its result, or the status that it failed with.
+pub fn encode_call(hub: &Hub, ending: Ending, out: &mut BytesMut) -> Result<Option<Bytes>, Status> {
+    let failed = match &ending {
+        Ending::Failed { failure, .. } => Some(failure.clone().into()),
+        Ending::Completed(completion) => match completion.outcome {
+            Outcome::Success => None,
+            _ => {
+                let mut line = [0; INLINE];
+                failure(completion, result(hub, completion, &mut line))
+            }
+        },
+    };
+    match failed {
+        None => Ok(encode(hub, ending, out)),
+        Some(refusal) => {
+            if let Ending::Completed(completion) = ending {
+                hub.release(completion.index);
+            }
+            Err(refusal.status())
+        }
+    }
+}
+
+/// The trailers of a stream or call that ended with this status.
+pub fn trailers(status: Result<(), Status>) -> HeaderMap {
+    let mut trailers = HeaderMap::with_capacity(4);
+    let status = status.err().unwrap_or_else(|| Status::new(Code::Ok, ""));
+    if status.add_header(&mut trailers).is_err() {
+        // A message that is no header value: the code must get through.
+        trailers.insert(Status::GRPC_STATUS, (status.code() as i32).into());
+    }
+    trailers
+}

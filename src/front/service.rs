@@ -1,0 +1,167 @@
+//! The service: which RPC a request is for.
+//!
+//! The four methods of `forkring.v1.Dispatcher` are answered here, without tonic's codec. All else (health,
+//! reflection, whatever is unknown) goes to tonic's router.
+
+use std::{
+    convert::Infallible,
+    io,
+    pin::Pin,
+    rc::Rc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header::CONTENT_TYPE};
+use http_body::{Body, Frame};
+use http_body_util::{BodyExt, Limited};
+use hyper::body::Incoming;
+use prost::Message;
+use tonic::{Status, service::Routes};
+use tonic_health::server::HealthReporter;
+use tower::Service;
+
+use super::{
+    hub::{Hub, deadline_after},
+    process::ProcessBody,
+    status::Refusal,
+    submit::submit,
+    unary::{UnaryBody, call},
+    updates::UpdatesBody,
+    wire::{PREFIX, WireError, parse_grpc_timeout},
+};
+use crate::{
+    process::now,
+    proto::{DESCRIPTORS, v1::GetUpdatesRequest},
+};
+
+const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
+/// A `GetUpdatesRequest` is small.
+const SMALL_MESSAGE: usize = 4096;
+
+/// The body of any response of a front.
+pub enum FrontBody {
+    Unary(UnaryBody),
+    Process(Box<ProcessBody>),
+    Updates(UpdatesBody),
+    Tonic(tonic::body::Body),
+}
+
+impl Body for FrontBody {
+    type Data = Bytes;
+    type Error = Status;
+
+    fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
+        match self.get_mut() {
+            FrontBody::Unary(body) => Poll::Ready(body.poll().map(Ok)),
+            FrontBody::Process(body) => body.poll(cx).map(|frame| frame.map(Ok)),
+            FrontBody::Updates(body) => body.poll(cx).map(|frame| frame.map(Ok)),
+            FrontBody::Tonic(body) => Pin::new(body).poll_frame(cx),
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        match self {
+            FrontBody::Unary(body) => body.is_ended(),
+            FrontBody::Process(body) => body.is_ended(),
+            FrontBody::Updates(body) => body.is_ended(),
+            FrontBody::Tonic(body) => body.is_end_stream(),
+        }
+    }
+}
+
+/// Health and reflection, and the handle by which health is told.
+pub fn routes() -> io::Result<(HealthReporter, Routes)> {
+    let (reporter, health) = tonic_health::server::health_reporter();
+    let reflection = || {
+        tonic_reflection::server::Builder::configure()
+            .register_encoded_file_descriptor_set(DESCRIPTORS)
+            .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+    };
+    let routes = Routes::new(health)
+        .add_service(reflection().build_v1().map_err(io::Error::other)?)
+        .add_service(reflection().build_v1alpha().map_err(io::Error::other)?)
+        .prepare();
+    Ok((reporter, routes))
+}
+
+/// Answers one request.
+pub async fn answer(
+    hub: Rc<Hub>,
+    mut routes: Routes,
+    request: Request<Incoming>,
+) -> Result<Response<FrontBody>, Infallible> {
+    hub.activity.set(hub.activity.get() + 1);
+    let Some(method) = request.uri().path().strip_prefix("/forkring.v1.Dispatcher/") else {
+        return routes.call(request).await.map(|response| response.map(FrontBody::Tonic));
+    };
+    let is_grpc = |value: &HeaderValue| value.as_bytes().starts_with(b"application/grpc");
+    if !request.headers().get(CONTENT_TYPE).is_some_and(is_grpc) {
+        let mut response = Response::new(FrontBody::Tonic(tonic::body::Body::empty()));
+        *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        return Ok(response);
+    }
+    let deadline = match check_headers(request.headers()) {
+        Ok(deadline) => deadline,
+        Err(refusal) => return Ok(failed(&refusal.status())),
+    };
+    let answer = match method {
+        "Call" => call(hub, request.into_body(), deadline).await.map(FrontBody::Unary),
+        "Submit" => submit(hub, request.into_body()).await.map(FrontBody::Unary),
+        "Process" => Ok(FrontBody::Process(Box::new(ProcessBody::new(hub, request.into_body(), deadline)))),
+        "GetUpdates" => updates(hub, request.into_body()).await.map(FrontBody::Updates),
+        _ => Err(Status::unimplemented(format!("forkring.v1.Dispatcher has no method {method}"))),
+    };
+    Ok(match answer {
+        Ok(body) => {
+            let mut response = Response::new(body);
+            response.headers_mut().insert(CONTENT_TYPE, GRPC);
+            response
+        }
+        Err(status) => failed(&status),
+    })
+}
+
+/// The RPC's deadline, on the clock of [`now`]; 0: none.
+fn check_headers(headers: &HeaderMap) -> Result<u64, Refusal> {
+    if let Some(encoding) = headers.get("grpc-encoding").filter(|encoding| *encoding != "identity") {
+        return Err(Refusal::compressed(&String::from_utf8_lossy(encoding.as_bytes())));
+    }
+    match headers.get("grpc-timeout") {
+        Some(timeout) => Ok(deadline_after(now(), parse_grpc_timeout(timeout)?)),
+        None => Ok(0),
+    }
+}
+
+/// A response that is all trailers. It says what compression is understood, in case that was the reason: none.
+fn failed(status: &Status) -> Response<FrontBody> {
+    let mut response = status.clone().into_http().map(FrontBody::Tonic);
+    response.headers_mut().insert("grpc-accept-encoding", HeaderValue::from_static("identity"));
+    response
+}
+
+async fn updates(hub: Rc<Hub>, body: Incoming) -> Result<UpdatesBody, Status> {
+    let timeout = hub.body_timeout;
+    let collected = tokio::time::timeout(timeout, Limited::new(body, SMALL_MESSAGE).collect()).await;
+    let mut message = match collected {
+        Err(_) => return Err(Refusal::body_timeout(timeout).status()),
+        Ok(Err(error)) => return Err(Refusal::broken(&*error).status()),
+        Ok(Ok(collected)) => collected.to_bytes(),
+    };
+    let malformed = |why| Refusal::from(WireError::Malformed(why)).status();
+    if message.is_empty() {
+        return Err(Refusal::empty().status());
+    }
+    if message.len() < PREFIX {
+        return Err(malformed("it is shorter than its prefix"));
+    }
+    let prefix = message.split_to(PREFIX);
+    if prefix[0] != 0 {
+        return Err(Refusal::from(WireError::Compressed).status());
+    }
+    if prefix[1..] != (message.len() as u32).to_be_bytes() {
+        return Err(malformed("its length is not what its prefix says"));
+    }
+    let request = GetUpdatesRequest::decode(message).map_err(|_| malformed("expected a GetUpdatesRequest"))?;
+    Ok(UpdatesBody::new(hub, request))
+}

@@ -1,0 +1,112 @@
+//! Statuses: every failure of the service in one place, each with a code, a reason for programs and a line for people
+//! that says what to do. The reason travels as `google.rpc.ErrorInfo` in the status details; where trying again helps,
+//! `google.rpc.RetryInfo` says when.
+
+use std::{borrow::Cow, time::Duration};
+
+use tonic::{Code, Status};
+use tonic_types::{ErrorDetails, StatusExt};
+
+use super::wire::WireError;
+use crate::dispatch::{Failure, OfferError};
+
+/// Of the reasons' `ErrorInfo`.
+const DOMAIN: &str = "forkring";
+/// What a client that was refused for lack of room should wait.
+const RETRY_DELAY: Duration = Duration::from_millis(50);
+
+/// An item that was refused.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    pub code: Code,
+    pub reason: Cow<'static, str>,
+    pub message: String,
+    retry: bool,
+}
+
+impl Refusal {
+    fn new(code: Code, reason: &'static str, message: String) -> Self {
+        Refusal { code, reason: reason.into(), message, retry: false }
+    }
+
+    pub fn unknown_pool(name: &str, pools: &[String]) -> Self {
+        let message = format!("there is no pool `{name}`: this server has {}", pools.join(", "));
+        Refusal::new(Code::NotFound, "UNKNOWN_POOL", message)
+    }
+
+    pub fn no_pool(pools: &[String]) -> Self {
+        let message = format!("the item names no pool, and this server has {}", pools.join(", "));
+        Refusal::new(Code::InvalidArgument, "POOL_REQUIRED", message)
+    }
+
+    pub fn priority(priority: u32) -> Self {
+        Refusal::new(Code::InvalidArgument, "BAD_PRIORITY", format!("priority is {priority}: it must be 0 to 3"))
+    }
+
+    pub fn compressed(encoding: &str) -> Self {
+        let message = format!("grpc-encoding `{encoding}` is not supported: send messages uncompressed");
+        Refusal::new(Code::Unimplemented, "COMPRESSED_MESSAGE", message)
+    }
+
+    pub fn empty() -> Self {
+        Refusal::new(Code::Internal, "NO_MESSAGE", "the call ended without a message".into())
+    }
+
+    pub fn two_messages() -> Self {
+        Refusal::new(Code::Internal, "TOO_MANY_MESSAGES", "the call has more than one message: use Process".into())
+    }
+
+    pub fn body_timeout(timeout: Duration) -> Self {
+        let message = format!("the rest of the message did not come within {timeout:?}: send it in one go");
+        Refusal::new(Code::DeadlineExceeded, "BODY_TIMEOUT", message)
+    }
+
+    pub fn broken(error: &dyn std::error::Error) -> Self {
+        Refusal::new(Code::Cancelled, "STREAM_BROKEN", format!("the request stream broke off: {error}"))
+    }
+
+    pub fn draining() -> Self {
+        let message = "the server is shutting down: what it accepted it finishes, send the rest elsewhere".into();
+        Refusal { retry: true, ..Refusal::new(Code::Unavailable, "DRAINING", message) }
+    }
+
+    pub fn invalid_result() -> Self {
+        let message = "the worker wrote a result that is not in its memory: it is broken".into();
+        Refusal::new(Code::Internal, "INVALID_RESULT", message)
+    }
+
+    /// As the RPC's own status.
+    pub fn status(&self) -> Status {
+        let mut details = ErrorDetails::new();
+        details.set_error_info(self.reason.as_ref(), DOMAIN, [("", ""); 0].map(|(k, v)| (k.to_owned(), v.to_owned())));
+        if self.retry {
+            details.set_retry_info(Some(RETRY_DELAY));
+        }
+        Status::with_error_details(self.code, self.message.clone(), details)
+    }
+}
+
+impl From<OfferError> for Refusal {
+    fn from(error: OfferError) -> Self {
+        let reason = match error {
+            OfferError::Items => "QUEUE_FULL",
+            OfferError::Arena => "ARENA_FULL",
+            OfferError::Lane => "LANE_FULL",
+        };
+        let message = format!("{error}: try again in {RETRY_DELAY:?}");
+        Refusal { retry: true, ..Refusal::new(Code::ResourceExhausted, reason, message) }
+    }
+}
+
+impl From<WireError> for Refusal {
+    fn from(error: WireError) -> Self {
+        Refusal::new(error.code(), error.reason(), error.to_string())
+    }
+}
+
+impl From<Failure> for Refusal {
+    fn from(failure: Failure) -> Self {
+        let (code, reason, message) = failure.into_parts();
+        Refusal { code, reason, message, retry: false }
+    }
+}

@@ -1,0 +1,78 @@
+//! `Submit`: many items in, one receipt out.
+//!
+//! When the outbox or the item table is full, the stream is not read on until there is room.
+
+use std::{future::poll_fn, rc::Rc, task::Poll};
+
+use bytes::BytesMut;
+use hyper::body::Incoming;
+use tonic::Status;
+
+use super::{
+    hub::{Hub, NotOffered},
+    input::Input,
+    status::Refusal,
+    unary::UnaryBody,
+    wire::encode_message,
+};
+use crate::proto::v1::{Rejection, Status as ItemStatus, SubmitReceipt};
+
+/// Refusals that the receipt tells of.
+const REJECTIONS: usize = 32;
+/// Items that are read before others get their turn.
+const BURST: usize = 256;
+
+/// Accepts items up to the end of the stream. If it breaks off, what was accepted stays accepted.
+pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
+    let mut input = Input::new(hub.clone(), body);
+    let mut receipt = SubmitReceipt::default();
+    let mut drain = hub.draining.subscribe();
+    loop {
+        let burst = poll_fn(|cx| {
+            for _ in 0..BURST {
+                match input.poll_item(cx, true) {
+                    Poll::Ready(Ok(true)) => {}
+                    Poll::Ready(end) => return Poll::Ready(end.map(|_| true)),
+                    Poll::Pending => return Poll::Pending,
+                }
+                let (head, request) = input.item();
+                match hub.offer_submitted(head, request) {
+                    Ok(()) => receipt.accepted += 1,
+                    Err(NotOffered::Never(refusal)) => reject(&mut receipt, head.id, refusal),
+                    Err(NotOffered::Later(_)) => {
+                        hub.wait_for_room(cx.waker());
+                        return Poll::Pending;
+                    }
+                }
+                input.next();
+            }
+            Poll::Ready(Ok(false))
+        });
+        let burst = tokio::select! {
+            biased;
+            burst = burst => burst,
+            // Also if it had begun before.
+            _ = drain.wait_for(|draining| *draining) => Err(Refusal::draining()),
+        };
+        match burst {
+            Ok(true) => break,
+            Ok(false) => tokio::task::yield_now().await,
+            Err(mut refusal) => {
+                refusal.message = format!("{} ({} items were accepted before)", refusal.message, receipt.accepted);
+                return Err(refusal.status());
+            }
+        }
+    }
+    let mut message = BytesMut::new();
+    encode_message(&mut message, &receipt);
+    Ok(UnaryBody::new(message.freeze()))
+}
+
+fn reject(receipt: &mut SubmitReceipt, id: u64, refusal: Refusal) {
+    receipt.rejected += 1;
+    if receipt.rejections.len() < REJECTIONS {
+        let status =
+            ItemStatus { code: refusal.code as i32, message: refusal.message, reason: refusal.reason.into_owned() };
+        receipt.rejections.push(Rejection { id, status: Some(status) });
+    }
+}

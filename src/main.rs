@@ -1,0 +1,5 @@
+//! The `forkring` program; what it does is in `forkring::cli`.
+
+fn main() -> std::process::ExitCode {
+    forkring::cli::main()
+}

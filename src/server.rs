@@ -1,0 +1,216 @@
+//! The server as a library: pools of closures, served until a signal.
+
+use std::{
+    io,
+    net::{SocketAddr, TcpListener},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use crate::{
+    builtin::{Builtin, BuiltinError},
+    config::{Config, ConfigError},
+    handler::{Failure, Handler, Item, Reply},
+    process::{self, ForkError},
+    segment::{Geometry, SegmentError, SegmentOwner},
+    supervisor::{PoolPlan, Supervisor, SupervisorError},
+};
+
+/// Connections that wait in the kernel until the front accepts them, as they do while it is restarted.
+const BACKLOG: i32 = 1024;
+
+/// Why a server did not start, or ended badly.
+#[derive(Debug, thiserror::Error)]
+#[allow(missing_docs)]
+pub enum ServerError {
+    #[error(transparent)]
+    Config(#[from] ConfigError),
+    #[error("pool `{pool}`: {error}")]
+    Handler { pool: String, error: BuiltinError },
+    #[error("two pools are named `{0}`: give each its own name")]
+    DuplicatePool(String),
+    #[error("there is no pool: give at least one, as in --pool hash=sha256")]
+    NoPool,
+    #[error("cannot listen on {address}: {error}{}", busy(error))]
+    Listen { address: SocketAddr, error: io::Error },
+    #[error(transparent)]
+    Segment(#[from] SegmentError),
+    #[error(transparent)]
+    Fork(#[from] ForkError),
+    #[error(transparent)]
+    Supervisor(#[from] SupervisorError),
+}
+
+fn busy(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::AddrInUse => "; stop what listens there, or choose another --listen (port 0 takes a free one)",
+        _ => "",
+    }
+}
+
+/// A named set of workers that run one handler.
+pub struct Pool {
+    name: String,
+    workers: Option<u16>,
+    handler: Box<dyn Handler>,
+}
+
+impl Pool {
+    /// A pool whose workers run `handler`. Each worker is forked with its own copy of it.
+    pub fn new(
+        name: impl Into<String>,
+        handler: impl FnMut(&Item<'_>, &mut Reply<'_, '_>) -> Result<(), Failure> + 'static,
+    ) -> Self {
+        Pool::with_handler(name, handler)
+    }
+
+    /// The same for a type that implements [`Handler`].
+    pub fn with_handler(name: impl Into<String>, handler: impl Handler + 'static) -> Self {
+        Pool { name: name.into(), workers: None, handler: Box::new(handler) }
+    }
+
+    /// How many workers; by default [`Config::workers`], one for each core.
+    pub fn workers(mut self, workers: u16) -> Self {
+        self.workers = Some(workers);
+        self
+    }
+}
+
+/// A server that is being put together.
+///
+/// ```no_run
+/// use forkring::{Pool, Server};
+///
+/// fn main() -> Result<(), forkring::ServerError> {
+///     Server::new()
+///         .listen(([127, 0, 0, 1], 50051).into())
+///         .pool(Pool::new("shout", |item, reply| {
+///             reply.write(&item.payload().to_ascii_uppercase())?;
+///             Ok(())
+///         }))
+///         .run()
+/// }
+/// ```
+#[derive(Default)]
+pub struct Server {
+    config: Config,
+    pools: Vec<Pool>,
+}
+
+impl Server {
+    /// A server with default settings and no pool.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// A server with these settings, and the pools that they name.
+    pub fn from_config(config: Config) -> Result<Self, ServerError> {
+        let pools = config.pools.iter().map(|spec| {
+            let handler: Builtin =
+                spec.handler.parse().map_err(|error| ServerError::Handler { pool: spec.name.clone(), error })?;
+            let pool = Pool::with_handler(&spec.name, handler);
+            Ok(Pool { workers: spec.workers, ..pool })
+        });
+        Ok(Server { pools: pools.collect::<Result<_, ServerError>>()?, config })
+    }
+
+    /// Where to listen; port 0 takes a free port.
+    pub fn listen(mut self, address: SocketAddr) -> Self {
+        self.config.listen = address;
+        self
+    }
+
+    /// The name of the server's shared memory, `/dev/shm/forkring-NAME`. One live server can have it.
+    pub fn name(mut self, name: impl Into<String>) -> Self {
+        self.config.name = name.into();
+        self
+    }
+
+    /// Changes any other setting.
+    pub fn configure(mut self, change: impl FnOnce(&mut Config)) -> Self {
+        change(&mut self.config);
+        self
+    }
+
+    /// Adds a pool.
+    pub fn pool(mut self, pool: Pool) -> Self {
+        self.pools.push(pool);
+        self
+    }
+
+    /// Gets all that the server needs: port and shared memory. Whatever can be wrong with the settings is said here.
+    pub fn bind(mut self) -> Result<BoundServer, ServerError> {
+        // Said now rather than at the first fork, when port and memory are taken.
+        let threads = process::threads().map_err(ForkError::Io)?;
+        if threads.len() != 1 {
+            return Err(ForkError::Threads { names: threads }.into());
+        }
+        self.config.pools.clear();
+        for pool in &self.pools {
+            // What a pool of closures may be called is what one of the command line may.
+            let spec = crate::config::PoolSpec {
+                name: pool.name.clone(),
+                workers: pool.workers,
+                handler: "closure".to_owned(),
+            };
+            self.config.pools.push(spec);
+        }
+        if self.pools.is_empty() {
+            return Err(ServerError::NoPool);
+        }
+        self.config.validate()?;
+        let default = self.config.workers;
+        let pools = self.pools.into_iter().map(|pool| PoolPlan {
+            name: pool.name,
+            workers: pool.workers.unwrap_or(default),
+            handler: pool.handler,
+        });
+        let pools: Vec<_> = pools.collect();
+        let geometry = Geometry {
+            items: self.config.capacity,
+            fronts: 1,
+            workers: pools.iter().map(|pool| u32::from(pool.workers)).sum(),
+            pools: pools.len() as u32,
+            request_bytes: self.config.arena.bytes(),
+            result_bytes: self.config.arena.bytes(),
+        };
+        let address = self.config.listen;
+        let listener = listen(address).map_err(|error| ServerError::Listen { address, error })?;
+        let address = listener.local_addr().map_err(|error| ServerError::Listen { address, error })?;
+        let owner = SegmentOwner::create(&self.config.name, geometry)?;
+        let supervisor = Supervisor::new(self.config, pools, listener, owner)?;
+        Ok(BoundServer { address, supervisor })
+    }
+
+    /// Serves until SIGTERM or SIGINT has drained it. This process becomes the supervisor and must have one thread.
+    pub fn run(self) -> Result<(), ServerError> {
+        self.bind()?.run()
+    }
+}
+
+/// A server that has its port and its memory. Clients may connect already; they are served once it runs.
+pub struct BoundServer {
+    address: SocketAddr,
+    supervisor: Supervisor,
+}
+
+impl BoundServer {
+    /// Where it listens.
+    pub fn local_addr(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Serves until SIGTERM or SIGINT has drained it.
+    pub fn run(self) -> Result<(), ServerError> {
+        Ok(self.supervisor.run()?)
+    }
+}
+
+/// The supervisor holds the listener, so that connections wait instead of being refused while a front is restarted.
+fn listen(address: SocketAddr) -> io::Result<TcpListener> {
+    let socket = Socket::new(Domain::for_address(address), Type::STREAM, Some(Protocol::TCP))?;
+    socket.set_reuse_address(true)?;
+    socket.bind(&address.into())?;
+    socket.listen(BACKLOG)?;
+    Ok(socket.into())
+}

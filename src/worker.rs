@@ -1,0 +1,123 @@
+//! The worker process: take → handle → complete, until the server stops.
+//!
+//! # What it promises
+//!
+//! Each claimed item is completed: with the handler's result, with its error, or with its panic as an error; an item
+//! that had expired or was given up before it was claimed never reaches the handler. If the process dies first, the
+//! sweep completes it or gives it to another worker.
+//!
+//! A handler's panic must not take the item's memory along, so it is caught here; with `panic = "abort"` it is the
+//! death of the process.
+
+use std::{
+    any::Any,
+    io,
+    panic::{self, AssertUnwindSafe},
+};
+
+use tonic::Code;
+
+use crate::{
+    config::Spin,
+    dispatch::{Claimed, Failure, Worker},
+    handler::Handler,
+    process::now,
+    segment::Stage,
+    spin::Spinner,
+};
+
+/// Works until the server stops.
+pub fn run(worker: &mut Worker<'_>, handler: &mut dyn Handler, spin: Spin, max_result: usize) -> io::Result<()> {
+    let mut spinner = Spinner::new(spin);
+    let mut slept = false;
+    let mut was_idle = false;
+    loop {
+        if let Some(claimed) = worker.take() {
+            worker.chain();
+            if was_idle {
+                spinner.busy(claimed.offered, slept);
+            }
+            handle(worker, handler, claimed, max_result);
+            (slept, was_idle) = (false, false);
+        } else if worker.segment().stage() == Stage::Stopping {
+            return Ok(());
+        } else if !was_idle && wait_spinning(worker, &mut spinner) {
+            was_idle = true;
+        } else {
+            worker.sleep()?;
+            (slept, was_idle) = (true, true);
+        }
+    }
+}
+
+/// Spins for work, if that is likely to pay and not too many of the pool do; whether there is some.
+fn wait_spinning(worker: &Worker<'_>, spinner: &mut Spinner) -> bool {
+    let Some(mut spin) = spinner.idle() else { return false };
+    if !worker.begin_spin() {
+        return false;
+    }
+    let found = loop {
+        for _ in 0..64 {
+            if worker.has_work() {
+                break;
+            }
+            std::hint::spin_loop();
+        }
+        if worker.has_work() {
+            break true;
+        }
+        if !spin.goes_on(spinner) {
+            break false;
+        }
+    };
+    worker.end_spin();
+    found
+}
+
+/// Handles one item, whatever happens.
+fn handle(worker: &mut Worker<'_>, handler: &mut dyn Handler, claimed: Claimed, max_result: usize) {
+    let began = now();
+    let failed = |worker: &mut Worker<'_>, claimed, failure: Failure| {
+        let mut reply = worker.reply(usize::MAX);
+        let text = failure.encode();
+        if reply.write(&text).is_err() {
+            // No room for the long version.
+            reply.clear();
+            let _ = reply.write(&text[..text.len().min(crate::segment::INLINE)]);
+        }
+        reply.complete(claimed, failure.code.into(), began, now());
+    };
+    if claimed.deadline != 0 && claimed.deadline <= began {
+        return failed(worker, claimed, Failure::deadline());
+    }
+    if worker.is_cancelled(&claimed) {
+        return failed(worker, claimed, Failure::cancelled());
+    }
+    let Some((item, mut reply)) = worker.open(&claimed, max_result) else {
+        return failed(
+            worker,
+            claimed,
+            Failure::new(Code::Internal, "MALFORMED_ITEM", "the request is not in its arena"),
+        );
+    };
+    // The handler may leave its own state inconsistent when it panics; that is the same trade as a thread pool's.
+    let outcome = panic::catch_unwind(AssertUnwindSafe(|| handler.handle(&item, &mut reply)));
+    drop(item);
+    match outcome {
+        Ok(Ok(())) => reply.complete(claimed, 0, began, now()),
+        Ok(Err(failure)) => {
+            drop(reply);
+            failed(worker, claimed, failure);
+        }
+        Err(panic) => {
+            drop(reply);
+            failed(worker, claimed, Failure::new(Code::Internal, "HANDLER_PANICKED", panic_message(&*panic)));
+        }
+    }
+}
+
+fn panic_message(panic: &(dyn Any + Send)) -> String {
+    let text = panic.downcast_ref::<&str>().map(ToString::to_string);
+    let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
+    format!("the handler panicked: {}", text.as_deref().unwrap_or("with no message"))
+}
