@@ -26,6 +26,8 @@ pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_
 
 /// What a partition may have: the segment's own bounds, as round numbers.
 const ARENAS: RangeInclusive<u64> = 1 << 12..=1 << 36;
+/// The largest message that may be allowed: gRPC counts its bytes in 32 bits, and a result's other fields need room.
+pub const MAX_MESSAGE: u64 = u32::MAX as u64 - (1 << 20);
 /// A longer spin than this is a mistake: it would burn a core for nothing.
 const MAX_SPIN: Duration = Duration::from_secs(1);
 
@@ -178,7 +180,7 @@ impl Config {
     fn validate_sizes(&self) -> Result<(), ConfigError> {
         let (arena, max_message) = (self.arena.bytes(), self.max_message.bytes());
         // gRPC writes a message's length in 32 bits.
-        if !(1..=u64::from(u32::MAX)).contains(&max_message) {
+        if !(1..=MAX_MESSAGE).contains(&max_message) {
             return Err(ConfigError::MaxMessage(self.max_message));
         }
         if !ARENAS.contains(&arena) {
@@ -465,7 +467,7 @@ mod tests {
         }
 
         #[test]
-        fn the_arena_that_a_refusal_names_is_enough_and_no_less(max_message in 4096_u64..=u64::from(u32::MAX)) {
+        fn the_arena_that_a_refusal_names_is_enough_and_no_less(max_message in 4096_u64..=MAX_MESSAGE) {
             let arena = ByteSize::new(4096);
             let mut config = Config { max_message: ByteSize::new(max_message), arena, ..Config::default() };
             let Err(ConfigError::Arena { needed, .. }) = config.validate() else { panic!("a page was enough") };

@@ -2,10 +2,11 @@
 
 use std::{
     io::{self, IsTerminal as _},
+    path::Path,
     time::Duration,
 };
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
 
 use super::{
     Addr,
@@ -47,35 +48,41 @@ pub struct CallArgs {
 /// Calls once per file.
 pub fn run(args: CallArgs) -> anyhow::Result<()> {
     args.addr.run(async |client| {
-        let mut failed = 0;
+        let mut failures = Vec::new();
         for (at, file) in args.items.files.iter().enumerate() {
-            let name = input::name(file);
-            let payload = match input::read(file) {
-                Ok(payload) => payload,
-                Err(error) => {
-                    say(format_args!("{error:#}"));
-                    failed += 1;
-                    continue;
-                }
-            };
-            let id = at as u64 + 1;
-            match call(&client, args.items.item(id, payload), args.items.timeout).await {
-                Ok(result) if args.json => print_json(&ResultLine::of(&result, Some(&name)))?,
-                Ok(result) => print_payload(&result.payload)?,
-                Err(status) => {
-                    failed += 1;
-                    say(format_args!("{name}: {status}"));
-                    if args.json {
-                        print_json(&ResultLine::failed(id, &status, Some(&name)))?;
-                    }
-                }
+            if let Err(error) = call_with(&args, &client, at as u64 + 1, file).await? {
+                failures.push(error);
             }
         }
-        match failed {
-            0 => Ok(()),
-            _ => bail!("{failed} of {} items failed", args.items.files.len()),
+        match (failures.len(), args.items.files.len()) {
+            (0, _) => Ok(()),
+            (_, 1) => Err(failures.remove(0)),
+            (failed, all) => {
+                failures.iter().for_each(|error| say(format_args!("{error:#}")));
+                bail!("{failed} of {all} items failed")
+            }
         }
     })
+}
+
+/// Calls with one file. The inner error is the item's, the outer one ends the command.
+async fn call_with(args: &CallArgs, client: &Client, id: u64, file: &Path) -> anyhow::Result<anyhow::Result<()>> {
+    let name = input::name(file);
+    let payload = match input::read(file) {
+        Ok(payload) => payload,
+        Err(error) => return Ok(Err(error)),
+    };
+    match call(client, args.items.item(id, payload), args.items.timeout).await {
+        Ok(result) if args.json => print_json(&ResultLine::of(&result, Some(&name)))?,
+        Ok(result) => print_payload(&result.payload)?,
+        Err(status) => {
+            if args.json {
+                print_json(&ResultLine::failed(id, &status, Some(&name)))?;
+            }
+            return Ok(Err(anyhow!("{name}: {status}")));
+        }
+    }
+    Ok(Ok(()))
 }
 
 async fn call(client: &Client, item: WorkItem, timeout: Option<Duration>) -> Result<WorkResult, Status> {

@@ -98,7 +98,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<()> {
     config.validate()?;
 
     // Before any thread: the child's parent must be this thread, with which it ends.
-    let server = server::Server::start(&config)?;
+    let mut server = server::Server::start(&config)?;
     let interrupted = on_interrupt()?;
     let largest = config.max_message.bytes().saturating_sub(ENVELOPE);
     let shared = Arc::new(Shared {
@@ -116,7 +116,10 @@ pub fn run(args: DemoArgs) -> anyhow::Result<()> {
     let outcome = block_on(run.finish());
     shared.window.close();
     shared.bar.finish_and_clear();
-    let mut report = outcome?;
+    let mut report = match outcome {
+        Ok(report) => report,
+        Err(error) => return Err(server.blame(error)),
+    };
     server.stop()?;
     report.unreadable = shared.unreadable.load(Relaxed);
     report.too_large = shared.too_large.load(Relaxed);
@@ -134,7 +137,7 @@ fn finish(report: &Report, dir: &Path, json: bool) -> anyhow::Result<()> {
     }
     match report.wrong() {
         0 => Ok(()),
-        wrong => bail!("{wrong} items went wrong"),
+        wrong => bail!("{wrong} of {} items went wrong", report.answered() + report.missing + report.rejected),
     }
 }
 

@@ -75,12 +75,13 @@ pub fn run(args: SubmitArgs) -> anyhow::Result<()> {
         Ok((receipt, unread))
     })?;
     print_receipt(&receipt, args.json)?;
-    match (receipt.rejected, unread) {
-        (0, 0) => Ok(()),
-        (0, unread) => bail!("{unread} inputs could not be read"),
-        (rejected, 0) => bail!("{rejected} items were rejected"),
-        (rejected, unread) => bail!("{rejected} items were rejected and {unread} inputs could not be read"),
+    if receipt.rejected > 0 {
+        bail!("{} of {} items were rejected", receipt.rejected, receipt.accepted + receipt.rejected);
     }
+    if unread > 0 {
+        bail!("{unread} of {} files were not submitted", args.items.files.len());
+    }
+    Ok(())
 }
 
 /// Sends all items; returns how many inputs could not be read.

@@ -1,12 +1,19 @@
 //! `forkring updates`: the results of submitted items, as they come.
 
+use std::{io, thread};
+
 use anyhow::bail;
+use rustix::event::{PollFd, PollFlags, poll};
+use tokio::sync::oneshot;
 
 use super::{
-    Addr, print, print_json,
+    Addr, StdoutClosed, print, print_json,
     show::{ResultLine, on_one_line},
 };
-use crate::proto::v1::{Status, WorkResult};
+use crate::{
+    client::Client,
+    proto::v1::{Status, WorkResult},
+};
 
 /// Print the results of submitted items as they are done
 #[derive(Debug, clap::Args)]
@@ -34,25 +41,48 @@ pub struct UpdatesArgs {
     json: bool,
 }
 
-/// Prints until the stream ends.
+/// Prints until the stream ends, or nobody reads any more.
 pub fn run(args: UpdatesArgs) -> anyhow::Result<()> {
-    let broken = |status: tonic::Status| anyhow::anyhow!("{}", Status::from(&status));
     args.addr.run(async |client| {
-        let mut results = client.updates(&args.subscription, args.limit).await.map_err(broken)?;
-        let mut count = 0;
-        while let Some(result) = results.message().await.map_err(broken)? {
-            count += 1;
-            if args.json {
-                print_json(&ResultLine::of(&result, None))?;
-            } else {
-                print(format!("{}\n", line(result)))?;
-            }
+        let mut closed = stdout_closed();
+        tokio::select! {
+            done = print_results(&args, &client) => done,
+            Ok(()) = &mut closed => Err(StdoutClosed.into()),
         }
-        if count < args.limit {
-            bail!("the stream ended after {count} of {} results", args.limit);
-        }
-        Ok(())
     })
+}
+
+async fn print_results(args: &UpdatesArgs, client: &Client) -> anyhow::Result<()> {
+    let broken = |status: tonic::Status| anyhow::anyhow!("{}", Status::from(&status));
+    let mut results = client.updates(&args.subscription, args.limit).await.map_err(broken)?;
+    let mut count = 0;
+    while let Some(result) = results.message().await.map_err(broken)? {
+        count += 1;
+        if args.json {
+            print_json(&ResultLine::of(&result, None))?;
+        } else {
+            print(format!("{}\n", line(result)))?;
+        }
+    }
+    if count < args.limit {
+        bail!("the stream ended after {count} of {} results", args.limit);
+    }
+    Ok(())
+}
+
+/// Tells when the reader of a pipe has gone, which writing finds out only with the next result.
+fn stdout_closed() -> oneshot::Receiver<()> {
+    let (told, closed) = oneshot::channel();
+    thread::spawn(move || {
+        let stdout = io::stdout();
+        // No event is asked for: an error is told anyway, and of a terminal or a file there is none.
+        let ended = poll(&mut [PollFd::new(&stdout, PollFlags::empty())], None);
+        if ended.is_ok() {
+            // The command may have ended by itself.
+            let _ = told.send(());
+        }
+    });
+    closed
 }
 
 fn line(result: WorkResult) -> String {

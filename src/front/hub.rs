@@ -306,11 +306,22 @@ impl Hub {
         self.offers.set(serial);
         self.serials.borrow_mut()[index as usize] = serial;
         if deadline != 0 {
-            self.deadlines.borrow_mut().push(Reverse((deadline, index, serial)));
+            self.watch(deadline, index, serial);
         }
         // It rings the workers, once for all that is offered before its turn comes.
         self.notify.notify_one();
         Ok(index)
+    }
+
+    /// Watches a deadline. Those of items that have ended stay until they are due, or until there are many of them.
+    fn watch(&self, deadline: u64, index: u32, serial: u64) {
+        let mut deadlines = self.deadlines.borrow_mut();
+        let serials = self.serials.borrow();
+        if deadlines.len() >= 2 * serials.len() {
+            // Each item has one deadline at most, so this at least halves them.
+            deadlines.retain(|Reverse((_, index, serial))| serials[*index as usize] == *serial);
+        }
+        deadlines.push(Reverse((deadline, index, serial)));
     }
 
     /// Memory for a payload.

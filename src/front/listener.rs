@@ -7,7 +7,8 @@
 use std::{io, net::TcpListener, rc::Rc, sync::Arc, time::Duration};
 
 use hyper::{rt::Executor, server::conn::http2, service::service_fn};
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
+use socket2::{SockRef, TcpKeepalive};
 use tokio::{
     net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore},
@@ -29,9 +30,10 @@ const MAX_STREAMS: u32 = 2048;
 const MAX_HEADERS: u32 = 16 << 10;
 /// How long a new connection may say nothing.
 const FIRST_BYTE: Duration = Duration::from_secs(10);
-/// A connection that has been silent this long is asked whether it is still there, and closed if it does not answer.
+/// A peer that has been silent this long is asked whether it is still there, this often. By the kernel: HTTP/2 pings would
+/// wake an idle front for every connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(60);
-const KEEP_ALIVE_TIMEOUT: Duration = Duration::from_secs(20);
+const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
 /// How long to leave the listener alone when accepting fails, as it does without file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -87,11 +89,13 @@ async fn accept_one(
     let permit = room.clone().acquire_owned().await.map_err(io::Error::other)?;
     let (stream, _) = listener.accept().await?;
     stream.set_nodelay(true)?;
+    SockRef::from(&stream)
+        .set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(KEEP_ALIVE_INTERVAL))?;
     Ok((stream, permit))
 }
 
 async fn serve(stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
-    // HTTP/2's own keep-alive begins only after its handshake.
+    // What is silent after this is the kernel's keep-alive to find out about.
     if !matches!(timeout(FIRST_BYTE, stream.readable()).await, Ok(Ok(()))) {
         tracing::debug!("a client connected and said nothing");
         return;
@@ -100,15 +104,14 @@ async fn serve(stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
     let service = service_fn(move |request| answer(hub.clone(), routes.clone(), request));
     let mut connection = http2::Builder::new(Local);
     connection
-        .timer(TokioTimer::new())
         .initial_stream_window_size(STREAM_WINDOW)
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_frame_size(MAX_FRAME)
         .max_send_buf_size(SEND_BUFFER)
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEADERS)
-        .keep_alive_interval(KEEP_ALIVE)
-        .keep_alive_timeout(KEEP_ALIVE_TIMEOUT);
+        // gRPC has no use for it.
+        .auto_date_header(false);
     let mut connection = std::pin::pin!(connection.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,

@@ -105,6 +105,10 @@ pub async fn answer(
         Ok(deadline) => deadline,
         Err(refusal) => return Ok(failed(&refusal.status())),
     };
+    // The connection is about to be told; what is offered now might not be waited for.
+    if hub.is_draining() && method != "GetUpdates" {
+        return Ok(failed(&Refusal::draining().status()));
+    }
     let answer = match method {
         "Call" => call(hub, request.into_body(), deadline).await.map(FrontBody::Unary),
         "Submit" => submit(hub, request.into_body()).await.map(FrontBody::Unary),

@@ -76,6 +76,14 @@ impl Server {
         Ok(())
     }
 
+    /// Says so when an error is there because the server is not.
+    pub fn blame(&mut self, error: anyhow::Error) -> anyhow::Error {
+        match self.child.try_wait() {
+            Ok(Some(status)) => error.context(format!("the server ended by itself, {status}")),
+            _ => error,
+        }
+    }
+
     fn listening(&mut self) -> anyhow::Result<String> {
         let mut line = String::new();
         loop {
