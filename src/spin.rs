@@ -1,12 +1,15 @@
 //! How long to spin before sleeping.
 //!
 //! To be woken costs tens of microseconds when the core has halted; to spin costs a core. Ski rental: spin for about
-//! as long as a wake costs, and the sum is at most twice the best possible. On top of that, what has been seen lately
+//! as long as a wake costs, and the sum is at most a small multiple of the best possible. What has been seen lately
 //! decides whether to spin at all:
 //!
-//! - not if work has been coming in gaps that are longer than the spin would be (an average over the last few gaps);
-//! - not for a while after this process was preempted while spinning: there are more runnable processes than cores,
-//!   and whoever it spins for may be waiting for this very core.
+//! - not if work has been coming in gaps of more than a few times a wake (an average over the last few gaps);
+//! - not for a while after this process was kept from its core while spinning: there are more runnable processes than
+//!   cores.
+//!
+//! A spin is polite: each turn offers the core to whoever else is runnable on it. A scheduler that lets the running task
+//! finish its slice (EEVDF does) would otherwise keep the very client waiting whose next request is spun for.
 
 use crate::{
     config::Spin as Policy,
@@ -16,8 +19,11 @@ use crate::{
 /// A wake as it is assumed until one has been measured, and the bounds of what is believed.
 const WAKE: u64 = 50_000;
 const WAKE_BOUNDS: (u64, u64) = (5_000, 200_000);
-/// A spinner looks at the clock this often, in nanoseconds at most; a step this much longer was a preemption.
-const PREEMPTED: u64 = 100_000;
+/// Gaps of up to so many wakes are spun through.
+const PATIENCE: u64 = 4;
+/// A turn of a spin takes a microsecond or so, and a little longer if somebody else used the core for a moment. One
+/// that took this many nanoseconds means that the core is wanted.
+const PREEMPTED: u64 = 200_000;
 const PENALTY_BOUNDS: (u64, u64) = (2_000_000, 100_000_000);
 
 /// Decides for one process.
@@ -51,10 +57,11 @@ impl Spinner {
             Policy::For(time) => return Some(Spin { until: now + time.as_nanos() as u64, seen: now }),
             Policy::Auto => self.wake,
         };
-        if now < self.banned_until || self.gap > 2 * budget {
+        let longest = PATIENCE * budget;
+        if now < self.banned_until || self.gap > longest {
             return None;
         }
-        Some(Spin { until: now + 2 * budget, seen: now })
+        Some(Spin { until: now + (2 * self.gap).clamp(budget, longest), seen: now })
     }
 
     /// There is something to do, which has been there since `arrived`; `slept` if it took a wake to see it.
@@ -85,8 +92,9 @@ pub struct Spin {
 }
 
 impl Spin {
-    /// Whether to look once more.
+    /// Whether to look once more. Lets others have the core first.
     pub fn goes_on(&mut self, spinner: &mut Spinner) -> bool {
+        std::thread::yield_now();
         let now = now();
         let preempted = now - self.seen > PREEMPTED;
         self.seen = now;

@@ -194,8 +194,8 @@ fn progress_bar(dir: &Path) -> ProgressBar {
 
 /// Starts the threads that read and hash the files. The channel ends when they have.
 fn start_readers(shared: &Arc<Shared>, in_flight: u32) -> mpsc::Receiver<Outgoing> {
-    // Half of the cores for this side of the demo; the workers are to have the others.
-    let readers = thread::available_parallelism().map_or(1, |cores| cores.get() / 2).clamp(1, 8);
+    // Half of the cores: the workers are to have the others. Two at least, so that one hashes while the other opens files.
+    let readers = thread::available_parallelism().map_or(1, |cores| cores.get() / 2).clamp(2, 8);
     // The window is what bounds it.
     let (sender, receiver) = mpsc::channel(in_flight as usize);
     for _ in 0..readers {

@@ -157,6 +157,8 @@ pub struct Hub {
     subscriptions: RefCell<HashMap<String, Rc<Subscription>>>,
     /// Of items whose deadlines are to be watched, the next first.
     deadlines: RefCell<BinaryHeap<Reverse<(u64, u32, u64)>>>,
+    /// The mailboxes of open streams, which wait for their clients too.
+    streams: RefCell<Vec<Rc<Mailbox>>>,
     /// Tasks that wait for room.
     room: RefCell<Vec<Waker>>,
     /// Submitted items that are not delivered yet.
@@ -195,6 +197,7 @@ impl Hub {
             owners: RefCell::new(vec![None; items]),
             subscriptions: RefCell::default(),
             deadlines: RefCell::default(),
+            streams: RefCell::default(),
             room: RefCell::default(),
             submitted: Cell::new(0),
             offers: Cell::new(0),
@@ -357,11 +360,20 @@ impl Hub {
     pub fn wake_all(&self) {
         self.wake_room();
         self.subscriptions.borrow().values().for_each(|subscription| subscription.wake());
-        for owner in self.owners.borrow().iter().flatten() {
-            if let Owner::Rpc(mailbox) = owner {
-                mailbox.wake();
-            }
-        }
+        self.streams.borrow().iter().for_each(|mailbox| mailbox.wake());
+    }
+
+    /// The mailbox of a stream, until [`Hub::close_stream`].
+    pub fn open_stream(&self) -> Rc<Mailbox> {
+        let mailbox = Rc::<Mailbox>::default();
+        self.streams.borrow_mut().push(mailbox.clone());
+        mailbox
+    }
+
+    /// A stream has ended: what it left is abandoned.
+    pub fn close_stream(&self, mailbox: &Rc<Mailbox>) {
+        self.streams.borrow_mut().retain(|other| !Rc::ptr_eq(other, mailbox));
+        self.abandon(mailbox, None);
     }
 
     /// The results of a subscription, from the past and to come.

@@ -48,8 +48,8 @@ impl ProcessBody {
     pub fn new(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Self {
         ProcessBody {
             input: Input::new(hub.clone(), body),
+            mailbox: hub.open_stream(),
             hub,
-            mailbox: Rc::default(),
             deadline,
             in_flight: 0,
             out: BytesMut::new(),
@@ -148,6 +148,6 @@ impl ProcessBody {
 
 impl Drop for ProcessBody {
     fn drop(&mut self) {
-        self.hub.abandon(&self.mailbox, None);
+        self.hub.close_stream(&self.mailbox);
     }
 }
