@@ -18,7 +18,7 @@ use std::{
     process::{Command, ExitStatus},
 };
 
-use nix::unistd::ForkResult;
+use nix::{sys::signal::SigSet, unistd::ForkResult};
 use rustix::{
     io::Errno,
     process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
@@ -153,11 +153,18 @@ impl Child {
     }
 }
 
-/// A command that is killed when this process dies: a worker's program must not outlive the worker.
+/// A command that is killed when this process dies, and that gets signals: a worker's program must not outlive the
+/// worker, nor inherit what the supervisor's children block.
 pub fn dies_with_us(command: &mut Command) -> &mut Command {
     let parent = rustix::process::getpid();
-    // SAFETY: between fork and exec only async-signal-safe calls may be made; `die_with` makes prctl, getppid, kill.
-    unsafe { command.pre_exec(move || die_with(parent)) }
+    // SAFETY: between fork and exec only async-signal-safe calls may be made; these are prctl, getppid, kill and
+    // pthread_sigmask.
+    unsafe {
+        command.pre_exec(move || {
+            die_with(parent)?;
+            SigSet::empty().thread_set_mask().map_err(io::Error::from)
+        })
+    }
 }
 
 /// When a process started, in clock ticks since boot: with the pid, its identity.
