@@ -64,28 +64,51 @@ pub struct Span {
 
 /// The allocator of one partition. Best fit in constant time (Aaltonen's offset allocator, after TLSF).
 pub struct Partition {
+    bytes: u64,
+    max_blocks: u32,
     /// The free ranges around what was in use at the start, each with an allocator; one, if nothing was.
     gaps: Vec<(u64, Allocator)>,
     blocks: usize,
+    /// What was in use at the start and still is.
+    inherited: Vec<Span>,
 }
 
 impl Partition {
     /// An allocator of `bytes` of which `used` are taken, for at most `blocks` blocks at a time.
     pub fn around(bytes: u64, blocks: u32, mut used: Vec<Span>) -> Self {
         used.sort_unstable_by_key(|span| span.offset);
-        let mut gaps = Vec::new();
+        let mut partition = Partition { bytes, max_blocks: blocks, gaps: Vec::new(), blocks: 0, inherited: used };
         let mut start = 0;
-        let end = Span { offset: bytes, len: 0 };
-        for span in used.into_iter().chain([end]) {
-            let free = (span.offset.min(bytes) / GRANULE).saturating_sub(start);
-            if let Ok(granules @ 1..) = u32::try_from(free) {
-                // Each block needs a node, and so does each range between blocks.
-                let nodes = granules.min(blocks).saturating_mul(2).saturating_add(4);
-                gaps.push((start, Allocator::with_max_allocs(granules, nodes)));
-            }
+        for at in 0..=partition.inherited.len() {
+            let span = partition.inherited.get(at).copied().unwrap_or(Span { offset: bytes, len: 0 });
+            partition.add_gap(start, span.offset.min(bytes) / GRANULE);
             start = start.max(span.offset.saturating_add(span.len).div_ceil(GRANULE));
         }
-        Partition { gaps, blocks: 0 }
+        partition
+    }
+
+    /// Granules from `start` to `end` are free.
+    fn add_gap(&mut self, start: u64, end: u64) {
+        if let Ok(granules @ 1..) = u32::try_from(end.saturating_sub(start)) {
+            // Each block needs a node, and so does each range between blocks.
+            let nodes = granules.min(self.max_blocks).saturating_mul(2).saturating_add(4);
+            self.gaps.push((start, Allocator::with_max_allocs(granules, nodes)));
+        }
+    }
+
+    /// Something that was in use at the start no longer is.
+    pub fn free_inherited(&mut self, span: Span) {
+        let Some(at) = self.inherited.iter().position(|one| *one == span) else { return };
+        self.inherited.swap_remove(at);
+        self.add_gap(span.offset / GRANULE, (span.offset.saturating_add(span.len).min(self.bytes)).div_ceil(GRANULE));
+        self.mend();
+    }
+
+    /// Makes one range of many as soon as nothing is in the way.
+    fn mend(&mut self) {
+        if self.blocks == 0 && self.inherited.is_empty() && self.gaps.len() > 1 {
+            *self = Partition::around(self.bytes, self.max_blocks, Vec::new());
+        }
     }
 
     /// A block of at least `len` bytes, or none if there is no room.
@@ -104,9 +127,11 @@ impl Partition {
     pub fn free(&mut self, block: Block) {
         self.blocks -= 1;
         self.gaps[block.gap].1.free(block.allocation.0);
+        self.mend();
     }
 
     /// Blocks that were allocated and not given back.
+    #[cfg(test)]
     pub fn blocks(&self) -> usize {
         self.blocks
     }
@@ -205,6 +230,21 @@ mod tests {
             partition.free(block.unwrap());
             prop_assert!(partition.allocate(largest).is_some(), "and again after it was freed");
         }
+    }
+
+    #[test]
+    fn what_was_inherited_becomes_one_range_again() {
+        let spans = [Span { offset: 0, len: 100 }, Span { offset: 8192, len: 4096 }];
+        let mut partition = Partition::around(16384, 8, spans.to_vec());
+        let block = partition.allocate(64).unwrap();
+        assert!(partition.allocate(8192).is_none());
+        partition.free_inherited(spans[1]);
+        let other = partition.allocate(4096).unwrap();
+        partition.free_inherited(spans[0]);
+        partition.free(block);
+        assert!(partition.allocate(16384).is_none());
+        partition.free(other);
+        assert!(partition.allocate(16384).is_some());
     }
 
     #[test]

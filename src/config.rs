@@ -189,11 +189,14 @@ impl Config {
         // An arena hands blocks out in size classes an eighth apart; a block of the largest class must fit.
         let needed = (max_message * 9).div_ceil(8);
         if arena < needed {
+            // In whole KiB if that is anything, for people to read.
+            let fits = (u128::from(arena) * 8 / 9) as u64;
+            let fits = ByteSize::new(if fits < 1024 { fits } else { fits & !1023 });
             return Err(ConfigError::Arena {
                 max_message: self.max_message,
                 arena: self.arena,
                 needed: ByteSize::new(needed),
-                fits: ByteSize::new((u128::from(arena) * 8 / 9) as u64),
+                fits,
             });
         }
         Ok(())

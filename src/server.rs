@@ -13,7 +13,7 @@ use crate::{
     handler::{Failure, Handler, Item, Reply},
     process::{self, ForkError},
     segment::{Geometry, SegmentError, SegmentOwner},
-    supervisor::{PoolPlan, Supervisor, SupervisorError},
+    supervisor::{PoolPlan, Signals, Supervisor, SupervisorError},
 };
 
 /// Connections that wait in the kernel until the front accepts them, as they do while it is restarted.
@@ -174,12 +174,13 @@ impl Server {
             request_bytes: self.config.arena.bytes(),
             result_bytes: self.config.arena.bytes(),
         };
+        let signals = Signals::block().map_err(SupervisorError::Io)?;
         let address = self.config.listen;
         let listener = listen(address).map_err(|error| ServerError::Listen { address, error })?;
         let address = listener.local_addr().map_err(|error| ServerError::Listen { address, error })?;
         let owner = SegmentOwner::create(&self.config.name, geometry)?;
         let supervisor = Supervisor::new(self.config, pools, listener, owner)?;
-        Ok(BoundServer { address, supervisor })
+        Ok(BoundServer { address, supervisor, signals })
     }
 
     /// Serves until SIGTERM or SIGINT has drained it. This process becomes the supervisor and must have one thread.
@@ -192,6 +193,7 @@ impl Server {
 pub struct BoundServer {
     address: SocketAddr,
     supervisor: Supervisor,
+    signals: Signals,
 }
 
 impl BoundServer {
@@ -202,7 +204,7 @@ impl BoundServer {
 
     /// Serves until SIGTERM or SIGINT has drained it.
     pub fn run(self) -> Result<(), ServerError> {
-        Ok(self.supervisor.run()?)
+        Ok(self.supervisor.run(&self.signals)?)
     }
 }
 

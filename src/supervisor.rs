@@ -22,7 +22,7 @@ use std::{
 };
 
 use nix::sys::{
-    signal::{SigSet, Signal},
+    signal::{SigSet, SigmaskHow, Signal},
     signalfd::{SfdFlags, SignalFd},
 };
 use rustix::{
@@ -76,6 +76,32 @@ pub struct PoolPlan {
     pub handler: Box<dyn Handler>,
 }
 
+/// SIGTERM and SIGINT, which from now on wait to be read instead of ending the process. Dropping it gives them back
+/// their effect.
+pub struct Signals {
+    fd: SignalFd,
+    before: SigSet,
+}
+
+impl Signals {
+    /// Blocks both. To be done before there is anything to clean up.
+    pub fn block() -> io::Result<Self> {
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGTERM);
+        mask.add(Signal::SIGINT);
+        let before = mask.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Signals { fd, before })
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // Fails only for a mask that is none.
+        let _ = self.before.thread_set_mask();
+    }
+}
+
 /// One participant slot and who is in it.
 struct Seat {
     slot: Slot,
@@ -125,24 +151,15 @@ impl Supervisor {
     }
 
     /// Forks everybody and supervises them until a drain is over.
-    pub fn run(mut self) -> Result<(), SupervisorError> {
-        let mut mask = SigSet::empty();
-        mask.add(Signal::SIGTERM);
-        mask.add(Signal::SIGINT);
-        let before = mask.thread_swap_mask(nix::sys::signal::SigmaskHow::SIG_BLOCK).map_err(io::Error::from)?;
-        let signals =
-            SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK).map_err(io::Error::from)?;
-
+    pub fn run(mut self, signals: &Signals) -> Result<(), SupervisorError> {
         let mut result = self.start();
         if result.is_ok() {
             self.segment.open_gate();
             tracing::info!(name = self.owner.name(), workers = self.seats.len() - 1, "serving");
-            result = self.supervise(&signals);
+            result = self.supervise(signals);
         }
         // After a drain nobody is left; after an error or a second signal this is the end of them.
         let left = self.kill_all();
-        drop(signals);
-        let _ = before.thread_set_mask();
         result?;
         if left > 0 { Err(SupervisorError::Killed { left }) } else { Ok(()) }
     }
@@ -218,7 +235,7 @@ impl Supervisor {
     }
 
     /// The loop. Ends when the server has drained, is told to stop at once, or cannot go on.
-    fn supervise(&mut self, signals: &SignalFd) -> Result<(), SupervisorError> {
+    fn supervise(&mut self, signals: &Signals) -> Result<(), SupervisorError> {
         let mut stage = Stage::Serving;
         let mut give_up_at = None;
         loop {
@@ -281,11 +298,11 @@ impl Supervisor {
     }
 
     /// Sleeps until a signal, a death or a time; whether there was a signal, and the seats of the dead.
-    fn sleep(&self, signals: &SignalFd, until: Option<Instant>) -> io::Result<(bool, Vec<usize>)> {
+    fn sleep(&self, signals: &Signals, until: Option<Instant>) -> io::Result<(bool, Vec<usize>)> {
         let alive = self.seats.iter().enumerate().filter_map(|(at, seat)| Some((at, seat.child.as_ref()?)));
         let (at, fds): (Vec<_>, Vec<BorrowedFd<'_>>) = alive.map(|(at, child)| (at, child.pidfd.as_fd())).unzip();
         let mut polls: Vec<_> =
-            fds.iter().chain([&signals.as_fd()]).map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+            fds.iter().chain([&signals.fd.as_fd()]).map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
         // Rounded up, so that what is due is due.
         let timeout = until.map(|until| until.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
         let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
@@ -294,7 +311,7 @@ impl Supervisor {
             Err(error) => return Err(error.into()),
         }
         let dead = at.iter().zip(&polls).filter(|(_, poll)| !poll.revents().is_empty()).map(|(&at, _)| at).collect();
-        let signalled = matches!(signals.read_signal().map_err(io::Error::from)?, Some(_));
+        let signalled = signals.fd.read_signal().map_err(io::Error::from)?.is_some();
         Ok((signalled, dead))
     }
 

@@ -1,6 +1,9 @@
-//! The atomics of the ring and the doorbell: those of the processor, or loom's when a model checker runs the same code.
+//! What the lock-free code needs of the processor. `tests/loom` compiles that code with another such module, whose
+//! atomics belong to a model checker.
 
-#[cfg(not(loom))]
 pub(crate) use core::sync::atomic::{AtomicU64, Ordering, fence};
-#[cfg(loom)]
-pub(crate) use loom::sync::atomic::{AtomicU64, Ordering, fence};
+
+/// A step was lost against somebody else's and is tried again. Here that is nothing; a model checker must be told, so
+/// that it lets the others run.
+#[inline(always)]
+pub(crate) fn retry() {}

@@ -93,12 +93,11 @@ impl Running {
         let mut stdin = self.0.stdin.take();
         let mut stdout = self.0.stdout.take();
         let mut stderr = self.0.stderr.take();
-        for fd in [stdin.as_ref().map(AsFd::as_fd), stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd)]
-        {
-            if let Some(fd) = fd {
-                fcntl_setfl(fd, fcntl_getfl(fd).map_err(io::Error::from)? | OFlags::NONBLOCK)
-                    .map_err(io::Error::from)?;
-            }
+        let pipes =
+            [stdin.as_ref().map(AsFd::as_fd), stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd)];
+        for pipe in pipes.into_iter().flatten() {
+            let flags = fcntl_getfl(pipe).map_err(io::Error::from)?;
+            fcntl_setfl(pipe, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
         }
         let mut input = item.payload();
         let mut buffer = [0; 64 << 10];

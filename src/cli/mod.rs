@@ -91,7 +91,7 @@ pub fn main() -> ExitCode {
 fn exit_code(error: &anyhow::Error) -> u8 {
     let bad_usage = error.is::<BadUsage>()
         || error.is::<ConfigError>()
-        || error.is::<ServerError>()
+        || matches!(error.downcast_ref(), Some(error) if !matches!(error, ServerError::Supervisor(_)))
         || matches!(error.downcast_ref(), Some(ConnectError::Address(_)));
     if bad_usage { 2 } else { 1 }
 }
@@ -174,6 +174,7 @@ fn usage_line(error: &clap::Error, arguments: &[OsString]) -> String {
         .map(str::trim)
         .take_while(|line| !line.starts_with("Usage:") && !line.starts_with("For more information"))
         .filter(|line| !line.is_empty())
+        .map(|line| line.strip_prefix("tip: ").map_or(line.to_owned(), |tip| format!("({tip})")))
         .collect::<Vec<_>>()
         .join(" ");
     let cli = Cli::command();
@@ -200,6 +201,8 @@ fn environment_of(command: &clap::Command, arg: &str, arguments: &[OsString]) ->
 
 #[cfg(test)]
 mod tests {
+    use crate::supervisor::SupervisorError;
+
     use super::*;
 
     #[test]
@@ -228,7 +231,7 @@ mod tests {
         );
         assert_eq!(
             line(&["serve", "--capacitty", "1"]),
-            "unexpected argument '--capacitty' found tip: a similar argument exists: '--capacity'; see `forkring serve --help`"
+            "unexpected argument '--capacitty' found (a similar argument exists: '--capacity'); see `forkring serve --help`"
         );
         assert!(line(&["call"]).starts_with("the following required arguments were not provided: <POOL>"));
         assert!(line(&["nonsense"]).ends_with("see `forkring --help`"));
@@ -240,6 +243,8 @@ mod tests {
         assert_eq!(exit_code(&BadUsage("what?".into()).into()), 2);
         assert_eq!(exit_code(&ConfigError::BodyTimeout.into()), 2);
         assert_eq!(exit_code(&ConnectError::Address("x".into()).into()), 2);
+        assert_eq!(exit_code(&ServerError::NoPool.into()), 2);
+        assert_eq!(exit_code(&ServerError::from(SupervisorError::Killed { left: 1 }).into()), 1);
         assert_eq!(exit_code(&anyhow::Error::from(BadUsage("what?".into())).context("a file")), 2);
     }
 }

@@ -71,15 +71,21 @@ fn prefix(text: &str, most: usize) -> &str {
 }
 
 /// Any error of a handler is `INTERNAL` with reason `HANDLER_FAILED`; but a result that is too large, however deep in
-/// the error's sources that is, is `RESOURCE_EXHAUSTED` with reason `RESULT_TOO_LARGE`.
+/// the error's sources that is, is `RESOURCE_EXHAUSTED` with reason `RESULT_TOO_LARGE`, and one that has no room
+/// `RESULTS_FULL`.
 impl<E: Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
         let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
         while let Some(one) = cause {
             let inner = one.downcast_ref::<io::Error>().and_then(io::Error::get_ref);
             let reply = one.downcast_ref().or_else(|| inner?.downcast_ref());
-            if let Some(reply @ ReplyError::TooLarge { .. }) = reply {
-                return Failure::new(Code::ResourceExhausted, "RESULT_TOO_LARGE", reply);
+            let reason = match reply {
+                Some(ReplyError::TooLarge { .. }) => Some("RESULT_TOO_LARGE"),
+                Some(ReplyError::NoRoom) => Some("RESULTS_FULL"),
+                None => None,
+            };
+            if let (Some(reply), Some(reason)) = (reply, reason) {
+                return Failure::new(Code::ResourceExhausted, reason, reply);
             }
             cause = one.source();
         }

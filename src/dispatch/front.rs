@@ -119,8 +119,16 @@ pub struct Adopted {
 #[derive(Debug, Default)]
 struct Known {
     state: State,
-    request: Option<Block>,
-    extra: Option<Block>,
+    request: Option<Memory>,
+    extra: Option<Memory>,
+}
+
+/// A part of the request arena.
+#[derive(Debug)]
+enum Memory {
+    Own(Block),
+    /// The predecessor's.
+    Inherited(Span),
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -152,6 +160,8 @@ pub struct Front<'s> {
     cursor: usize,
     /// Items that were found DONE by a scan.
     found: Vec<u32>,
+    /// Counts the items that were freed.
+    freed: u64,
     /// Pools in whose lanes something was pushed since the last ring, a bit each.
     pushed: u64,
 }
@@ -188,6 +198,7 @@ impl<'s> Front<'s> {
             consumers: (0..geometry.workers).map(|w| segment.consumer(w as u16, number)).collect(),
             cursor: 0,
             found: Vec::new(),
+            freed: 0,
             pushed: 0,
         };
         let mut adopted = Vec::new();
@@ -242,6 +253,8 @@ impl<'s> Front<'s> {
         known.state = if submitted { State::Waiting } else { State::Abandoned };
         let (payload, extra) = request_spans(record);
         used.extend(payload.into_iter().chain(extra));
+        known.request = payload.map(Memory::Inherited);
+        known.extra = extra.map(Memory::Inherited);
         if submitted {
             let bytes = extra_bytes(self.segment, self.number, record).unwrap_or_default();
             let len = (record.kind.load(Relaxed) & !SUBMIT) as usize;
@@ -264,6 +277,11 @@ impl<'s> Front<'s> {
     /// Items that are not in use.
     pub fn free_items(&self) -> usize {
         self.free.len()
+    }
+
+    /// Counts the items that were freed: when it changes, there is room.
+    pub fn freed(&self) -> u64 {
+        self.freed
     }
 
     /// The longest payload that an empty arena can take.
@@ -360,9 +378,9 @@ impl<'s> Front<'s> {
         self.pushed |= 1 << offer.pool;
         let request = match std::mem::take(request).0 {
             Place::Inline { .. } => None,
-            Place::Arena { block, .. } => Some(block),
+            Place::Arena { block, .. } => Some(Memory::Own(block)),
         };
-        *self.known_mut(index) = Known { state: State::Waiting, request, extra };
+        *self.known_mut(index) = Known { state: State::Waiting, request, extra: extra.map(Memory::Own) };
         Ok(index)
     }
 
@@ -568,10 +586,14 @@ impl<'s> Front<'s> {
 
     fn forget(&mut self, index: u32) {
         let known = std::mem::take(self.known_mut(index));
-        for block in [known.request, known.extra].into_iter().flatten() {
-            self.arena.free(block);
+        for memory in [known.request, known.extra].into_iter().flatten() {
+            match memory {
+                Memory::Own(block) => self.arena.free(block),
+                Memory::Inherited(span) => self.arena.free_inherited(span),
+            }
         }
         self.free.push(index);
+        self.freed += 1;
     }
 
     /// Says that this front is about to sleep. Then look once more with [`Front::collect`]; if there is nothing, sleep

@@ -4,7 +4,7 @@
 //!
 //! An item whose offer returned Ok is *accepted*: it is executed at least once and completed exactly once while the
 //! server lives, or taken back by its own front. A process that dies at any instruction blocks nobody, and
-//! [`sweep`] gives back what it held.
+//! [`sweep_worker`] gives back what it held.
 //!
 //! # Why that holds
 //!

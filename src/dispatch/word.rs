@@ -16,15 +16,15 @@
 //! The lane is part of the word so that a hint whose generation has come round again (2^28 uses later) still claims
 //! nothing but an item that is READY in the very lane the hint was found in.
 
-use std::{
-    fmt,
-    sync::atomic::{
+use std::fmt;
+
+use crate::{
+    ring::GENERATION_BITS,
+    sync::{
         AtomicU64,
         Ordering::{AcqRel, Acquire, Relaxed, Release},
     },
 };
-
-use crate::ring::GENERATION_BITS;
 
 /// Where an item is in its life.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

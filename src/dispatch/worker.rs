@@ -4,12 +4,12 @@ use std::{
     collections::VecDeque,
     io,
     sync::{Arc, atomic::Ordering::*},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use super::{Bells, Phase, Topology, Word, front, lane_of, metadata, wake, wake_worker};
 use crate::{
-    arena::{Block, Partition, Span, largest_block},
+    arena::{Block, Partition, Span},
     crash_point::crash_point,
     process::{cores, now},
     ring::{Hint, Lane, Producer},
@@ -105,8 +105,19 @@ pub struct Worker<'s> {
     producers: Vec<Producer<'s>>,
     arena: Partition,
     /// Results that the front may still look at, oldest first, with the word that says so.
-    results: VecDeque<(u32, Word, Option<Block>)>,
+    results: VecDeque<(u32, Word, Memory)>,
 }
+
+/// A part of the worker's result arena.
+#[derive(Debug)]
+enum Memory {
+    Own(Block),
+    /// The predecessor's.
+    Inherited(Span),
+}
+
+/// How long a worker waits for room while none of its results is fetched.
+const ROOM_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why there is no memory for a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -119,9 +130,9 @@ pub enum ReplyError {
         /// Bytes that can be had.
         most: usize,
     },
-    /// The process cannot sleep.
-    #[error("cannot wait for room in the result arena")]
-    Wait,
+    /// The worker's earlier results are in the way, and nobody fetches them.
+    #[error("there is no room for the result: the worker's earlier results wait for their subscribers (--arena)")]
+    NoRoom,
 }
 
 impl From<ReplyError> for io::Error {
@@ -143,8 +154,9 @@ impl<'s> Worker<'s> {
             let word = Word::load(&record.word);
             let len = u64::from(record.result_len.load(Relaxed));
             if word.phase() == Phase::Done && word.owner() == number && len > INLINE as u64 {
-                used.push(Span { offset: record.result_offset.load(Relaxed), len });
-                results.push_back((index, word, None));
+                let span = Span { offset: record.result_offset.load(Relaxed), len };
+                used.push(span);
+                results.push_back((index, word, Memory::Inherited(span)));
             }
         }
         let bit = usize::from(number - topology.workers(pool).0);
@@ -291,35 +303,35 @@ impl<'s> Worker<'s> {
         slept
     }
 
-    /// Memory in the own partition. Waits while results that the front has not sent yet are in the way.
+    /// Memory in the own partition. Waits a while for results that are in the way.
     fn allocate(&mut self, len: usize) -> Result<Block, ReplyError> {
-        let too_large = |worker: &Self| ReplyError::TooLarge {
-            len,
-            most: largest_block(worker.segment.geometry().result_bytes) as usize,
-        };
         // In order of completion is about the order of release: most of the time this finds all there is to find.
-        while self.results.front().is_some_and(|&(index, word, _)| self.is_released(index, word)) {
+        while self.results.front().is_some_and(|(index, word, _)| self.is_released(*index, *word)) {
             self.reclaim(0);
         }
+        let mut give_up_at = None;
         loop {
             if let Some(block) = self.arena.allocate(len as u64) {
                 return Ok(block);
             }
             if self.reclaim_all() {
+                give_up_at = None;
                 continue;
             }
-            if self.results.is_empty() {
-                return Err(too_large(self));
+            let give_up_at = *give_up_at.get_or_insert_with(|| Instant::now() + ROOM_PATIENCE);
+            let left = give_up_at.saturating_duration_since(Instant::now());
+            if self.results.is_empty() || left.is_zero() || self.segment.stage() == Stage::Stopping {
+                return Err(ReplyError::NoRoom);
             }
             let door = self.segment.sleeping(Slot::Worker(self.number));
             door.enter(0);
-            let slept = if self.results.iter().any(|&(index, word, _)| self.is_released(index, word)) {
+            let slept = if self.results.iter().any(|(index, word, _)| self.is_released(*index, *word)) {
                 Ok(())
             } else {
-                self.bells.worker(self.number).wait()
+                self.bells.worker(self.number).wait_at_most(left)
             };
             door.leave(0);
-            slept.map_err(|_| ReplyError::Wait)?;
+            slept.map_err(|_| ReplyError::NoRoom)?;
         }
     }
 
@@ -329,14 +341,9 @@ impl<'s> Worker<'s> {
     }
 
     fn reclaim(&mut self, at: usize) {
-        let Some((_, _, block)) = self.results.remove(at) else { return };
-        match block {
-            Some(block) => self.arena.free(block),
-            // The predecessor's: once all of those are gone and nothing of our own is out, start afresh.
-            None if self.results.is_empty() && self.arena.blocks() == 0 => {
-                let geometry = self.segment.geometry();
-                self.arena = Partition::around(geometry.result_bytes, geometry.items, Vec::new());
-            }
+        match self.results.remove(at) {
+            Some((_, _, Memory::Own(block))) => self.arena.free(block),
+            Some((_, _, Memory::Inherited(span))) => self.arena.free_inherited(span),
             None => {}
         }
     }
@@ -344,8 +351,8 @@ impl<'s> Worker<'s> {
     fn reclaim_all(&mut self) -> bool {
         let before = self.results.len();
         for at in (0..before).rev() {
-            let (index, word, _) = self.results[at];
-            if self.is_released(index, word) {
+            let (index, word, _) = &self.results[at];
+            if self.is_released(*index, *word) {
                 self.reclaim(at);
             }
         }
@@ -364,7 +371,7 @@ impl<'s> Worker<'s> {
         let done = claimed.word.with(Phase::Done, self.number);
         if let Some(block) = block {
             record.result_offset.store(block.offset(), Relaxed);
-            self.results.push_back((claimed.index, done, Some(block)));
+            self.results.push_back((claimed.index, done, Memory::Own(block)));
         }
         crash_point!("complete.written");
         // The completion point.
@@ -474,8 +481,25 @@ impl Reply<'_, '_> {
         if len <= self.room() {
             return Ok(());
         }
-        let mut block = self.worker.allocate(len)?;
         let (segment, number) = (self.worker.segment, self.worker.number);
+        let mut block = match self.worker.arena.allocate(len as u64) {
+            Some(block) => block,
+            None => {
+                // What was written so far may be what is in the way: it steps aside.
+                let kept = self.bytes().to_vec();
+                if let Some(old) = self.block.take() {
+                    self.worker.arena.free(old);
+                }
+                let written = std::mem::take(&mut self.len);
+                let mut block = self.worker.allocate(len)?;
+                if let Some(new) = segment.write_result(number, &mut block, written as u64) {
+                    new.copy_from_slice(&kept);
+                }
+                self.block = Some(block);
+                self.len = written;
+                return Ok(());
+            }
+        };
         let old = self.bytes();
         if let Some(new) = segment.write_result(number, &mut block, old.len() as u64) {
             new.copy_from_slice(old);

@@ -5,6 +5,7 @@
 //! `yield_now`) instead of sleeping; then it parks with the doorbell's protocol, and the runtime sleeps in epoll.
 
 use std::{
+    convert::Infallible,
     io,
     time::{Duration, Instant},
 };
@@ -28,8 +29,8 @@ use crate::{
 /// worker of its pool sleeps.
 const LATE: Duration = Duration::from_millis(5);
 
-/// Collects until the server drains and no work is left.
-pub async fn run(hub: &Hub, bell: &AsyncBell, reporter: HealthReporter, spin: Spin) -> io::Result<()> {
+/// Collects for as long as it is polled; ends only if it cannot.
+pub async fn run(hub: &Hub, bell: &AsyncBell, reporter: HealthReporter, spin: Spin) -> io::Result<Infallible> {
     let segment = hub.with_front(|front| front.segment());
     let mut spinner = Spinner::new(spin);
     let mut spinning = None;
@@ -42,6 +43,7 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, reporter: HealthReporter, spin: Sp
         hub.with_front(|front| front.ring());
         let (count, done_at) = hub.collect();
         let deadline = hub.expire();
+        hub.tell_of_room(false);
         if epoch != Some(segment.epoch()) {
             epoch = Some(segment.epoch());
             report_health(hub, &reporter).await;
@@ -49,12 +51,9 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, reporter: HealthReporter, spin: Sp
                 hub.wake_all();
             }
         }
-        if hub.is_draining() && is_drained(hub) {
-            return Ok(());
-        }
-
         let active = count > 0 || seen != hub.activity.get();
         if active {
+            hub.progress.notify_one();
             seen = hub.activity.get();
             if idle {
                 // When a request reached the socket nobody knows; when a result was there is known.
@@ -87,13 +86,16 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, reporter: HealthReporter, spin: Sp
             hub.activity.set(hub.activity.get() + 1);
             continue;
         }
-        let late = hub.with_front(|front| front.somebody_is_late());
+        let late = hub.waits_for_lane() || hub.with_front(|front| front.somebody_is_late());
         tokio::select! {
             biased;
             () = hub.notify.notified() => {}
             rung = bell.wait() => rung?,
             () = until(deadline) => {}
-            () = sleep(LATE), if late => hub.with_front(|front| front.ring_next()),
+            () = sleep(LATE), if late => {
+                hub.with_front(|front| front.ring_next());
+                hub.tell_of_room(true);
+            }
         }
         slept = true;
         hub.with_front(|front| front.awake());
@@ -111,16 +113,6 @@ async fn until(deadline: Option<u64>) {
         }
         None => std::future::pending().await,
     }
-}
-
-/// A draining front is done when no RPC waits for an item and no submitted item is in work.
-fn is_drained(hub: &Hub) -> bool {
-    let (pending, waiting) = hub.undelivered();
-    let done = pending == 0 && !hub.is_waited_for();
-    if done && waiting > 0 {
-        tracing::info!(results = waiting, "results wait for their subscribers");
-    }
-    done
 }
 
 /// A pool serves while one of its workers lives; the server, while one of its pools does.

@@ -159,16 +159,21 @@ pub struct Hub {
     deadlines: RefCell<BinaryHeap<Reverse<(u64, u32, u64)>>>,
     /// The mailboxes of open streams, which wait for their clients too.
     streams: RefCell<Vec<Rc<Mailbox>>>,
-    /// Tasks that wait for room.
+    /// Tasks that wait for room, and what there was of it when they were told last.
     room: RefCell<Vec<Waker>>,
-    /// Submitted items that are not delivered yet.
+    freed: Cell<u64>,
+    lane_full: Cell<bool>,
+    /// Submitted items that are not delivered yet, and the bytes of those that are done.
     submitted: Cell<usize>,
+    waiting_bytes: Cell<u64>,
     /// Tells offers apart that used the same record.
     offers: Cell<u64>,
     serials: RefCell<Vec<u64>>,
     pub released: Arc<Released>,
     /// Wakes the collector.
     pub notify: Arc<Notify>,
+    /// Told of each collection.
+    pub progress: Notify,
     /// Counts what the sockets brought: the collector's spinning goes by it.
     pub activity: Cell<u64>,
     /// True once the server drains.
@@ -177,6 +182,7 @@ pub struct Hub {
     pub max_message: usize,
     pub body_timeout: Duration,
     outbox: usize,
+    outbox_bytes: u64,
     reserve: usize,
 }
 
@@ -199,17 +205,23 @@ impl Hub {
             deadlines: RefCell::default(),
             streams: RefCell::default(),
             room: RefCell::default(),
+            freed: Cell::new(0),
+            lane_full: Cell::new(false),
             submitted: Cell::new(0),
+            waiting_bytes: Cell::new(0),
             offers: Cell::new(0),
             serials: RefCell::new(vec![0; items]),
             released: Arc::new(Released { items: Mutex::default(), notify: notify.clone() }),
             notify,
+            progress: Notify::new(),
             activity: Cell::new(0),
             draining: watch::Sender::new(false),
             pools,
             max_message: config.max_message.bytes().min(front.largest_request()) as usize,
             body_timeout: config.body_timeout,
             outbox: config.outbox() as usize,
+            // Half of a worker's result arena: the rest is for those who wait.
+            outbox_bytes: front.segment().geometry().result_bytes / 2,
             reserve: items / RESERVE,
             front: RefCell::new(front),
         };
@@ -256,7 +268,7 @@ impl Hub {
 
     /// Offers an item for its subscription.
     pub fn offer_submitted(&self, head: &ItemHead, request: &mut Request) -> Result<(), NotOffered> {
-        if self.submitted.get() >= self.outbox {
+        if self.submitted.get() >= self.outbox || self.waiting_bytes.get() > self.outbox_bytes {
             return Err(NotOffered::Later(OfferError::Items));
         }
         let index = self.offer(head, request, 0, Kind::Submit, true)?;
@@ -278,6 +290,9 @@ impl Hub {
         kind: Kind,
         is_stream: bool,
     ) -> Result<u32, NotOffered> {
+        if self.is_draining() {
+            return Err(NotOffered::Never(Refusal::draining()));
+        }
         let pool = self.pool(&head.pool).map_err(NotOffered::Never)?;
         if head.priority >= PRIORITIES {
             return Err(NotOffered::Never(Refusal::priority(head.priority)));
@@ -302,7 +317,10 @@ impl Hub {
             subscription: if kind == Kind::Submit { head.subscription.as_bytes() } else { &[] },
             metadata: &head.metadata,
         };
-        let index = front.offer(&offer, request).map_err(NotOffered::Later)?;
+        let index = front.offer(&offer, request).map_err(|error| {
+            self.lane_full.set(self.lane_full.get() || error == OfferError::Lane);
+            NotOffered::Later(error)
+        })?;
         drop(front);
         self.activity.set(self.activity.get() + 1);
         let serial = self.offers.get() + 1;
@@ -400,9 +418,11 @@ impl Hub {
         (pending, self.submitted.get() - pending)
     }
 
-    /// Whether an RPC waits for an item.
-    pub fn is_waited_for(&self) -> bool {
-        self.owners.borrow().iter().flatten().any(|owner| matches!(owner, Owner::Rpc(_)))
+    /// Waits until a draining server has nothing accepted that is not completed.
+    pub async fn drained(&self) {
+        while self.undelivered().0 > 0 {
+            self.progress.notified().await;
+        }
     }
 
     /// Hands all completed items to their owners; how many, and since when the first was done.
@@ -417,6 +437,7 @@ impl Hub {
                 Some(Owner::Rpc(mailbox)) => mailbox.deliver(Ending::Completed(completion)),
                 Some(Owner::Subscription(subscription)) => {
                     subscription.pending.set(subscription.pending.get() - 1);
+                    self.waiting_bytes.set(self.waiting_bytes.get() + completion.len as u64);
                     subscription.ready.borrow_mut().push_back(completion);
                     subscription.wake();
                 }
@@ -429,13 +450,29 @@ impl Hub {
     /// The result has been copied and the record may be used again.
     pub fn release(&self, index: u32) {
         self.front.borrow_mut().release(index);
-        self.wake_room();
+    }
+
+    /// Wakes those who wait for room if there has come to be some. `anyway`: also if it cannot be known, because workers
+    /// may have cleared a lane.
+    pub fn tell_of_room(&self, anyway: bool) {
+        let freed = self.front.borrow().freed();
+        if freed != self.freed.replace(freed) || anyway && self.lane_full.replace(false) {
+            self.wake_room();
+        }
+    }
+
+    /// Whether somebody waits for workers to clear a lane.
+    pub fn waits_for_lane(&self) -> bool {
+        self.lane_full.get()
     }
 
     /// The result of a submitted item has been written to its subscriber.
-    pub fn release_submitted(&self, index: u32) {
+    pub fn release_submitted(&self, completion: &Completion) {
         self.submitted.set(self.submitted.get() - 1);
-        self.release(index);
+        self.waiting_bytes.set(self.waiting_bytes.get() - completion.len as u64);
+        self.release(completion.index);
+        // Others may wait for the room.
+        self.notify.notify_one();
     }
 
     /// Releases the items whose results have been sent straight from the arena.
@@ -461,10 +498,11 @@ impl Hub {
         drop(owners);
         while let Some(ending) = mailbox.take() {
             if let Ending::Completed(completion) = ending {
-                self.front.borrow_mut().release(completion.index);
+                self.release(completion.index);
             }
         }
-        self.wake_room();
+        // Others may wait for the room.
+        self.notify.notify_one();
     }
 
     /// Fails the items whose deadlines have passed: those of calls at once, whoever has them. A submitted item fails
@@ -489,7 +527,6 @@ impl Hub {
                 self.front.borrow_mut().cancel(index);
                 mailbox.deliver(Ending::Failed { id, failure: Failure::deadline() });
             }
-            self.wake_room();
         }
     }
 }

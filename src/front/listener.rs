@@ -96,11 +96,15 @@ async fn accept_one(
 
 async fn serve(stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
     // What is silent after this is the kernel's keep-alive to find out about.
-    if !matches!(timeout(FIRST_BYTE, stream.readable()).await, Ok(Ok(()))) {
+    let mut draining = hub.draining.subscribe();
+    let spoke = tokio::select! {
+        spoke = timeout(FIRST_BYTE, stream.readable()) => matches!(spoke, Ok(Ok(()))),
+        _ = draining.wait_for(|draining| *draining) => false,
+    };
+    if !spoke {
         tracing::debug!("a client connected and said nothing");
         return;
     }
-    let mut draining = hub.draining.subscribe();
     let service = service_fn(move |request| answer(hub.clone(), routes.clone(), request));
     let mut connection = http2::Builder::new(Local);
     connection

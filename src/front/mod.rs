@@ -11,7 +11,7 @@
 //! # Why it is one thread
 //!
 //! One `current_thread` runtime and no `Send`: a request is decoded, offered, collected and answered with no hand-over
-//! between threads, and all state is plain cells in one [`Hub`](hub::Hub). It scales by processes. The runtime starts
+//! between threads, and all state is plain cells in one `Hub`. It scales by processes. The runtime starts
 //! after the fork.
 
 mod collector;
@@ -52,11 +52,18 @@ pub fn run(
         let bell = AsyncBell::new(bell.try_clone()?)?;
         let hub = Rc::new(hub::Hub::new(front, adopted, pools, config));
         let (reporter, routes) = service::routes()?;
-        let accepting =
-            tokio::task::spawn_local(listener::accept(listener, hub.clone(), routes, config.max_connections));
-        let collected = collector::run(&hub, &bell, reporter, config.spin).await;
-        // The collector ends when all work is done; what is left is to send it.
-        let accepted = accepting.await.map_err(io::Error::other)?;
-        collected.and(accepted)
+        let serve = async {
+            listener::accept(listener, hub.clone(), routes, config.max_connections).await?;
+            hub.drained().await;
+            Ok(())
+        };
+        tokio::select! {
+            collected = collector::run(&hub, &bell, reporter, config.spin) => collected.map(|never| match never {}),
+            served = serve => served,
+        }?;
+        if let (_, results @ 1..) = hub.undelivered() {
+            tracing::warn!(results, "results that no subscriber fetched are gone");
+        }
+        Ok(())
     })
 }

@@ -145,7 +145,7 @@ impl UpdatesBody {
         for batch in written {
             let Some(at) = self.unwritten.iter().position(|(number, _)| *number == batch) else { continue };
             for completion in self.unwritten.remove(at).into_iter().flat_map(|(_, results)| results) {
-                self.hub.release_submitted(completion.index);
+                self.hub.release_submitted(&completion);
             }
         }
     }

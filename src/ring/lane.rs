@@ -30,7 +30,7 @@
 use super::{GENERATION_BITS, Hint, INDEX_BITS};
 use crate::{
     crash_point::crash_point,
-    sync::{AtomicU64, Ordering::*},
+    sync::{AtomicU64, Ordering::*, retry},
 };
 
 const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
@@ -136,7 +136,7 @@ impl<'a> Lane<'a> {
                 Cell::OlderFull if self.tail.load(Relaxed) == tail => return Err(Full),
                 Cell::OlderFull | Cell::Older => {}
             }
-            spin_hint();
+            retry();
         }
     }
 
@@ -170,7 +170,7 @@ impl<'a> Lane<'a> {
                 }
                 Cell::OlderFull | Cell::Older => {}
             }
-            spin_hint();
+            retry();
         }
     }
 
@@ -182,14 +182,7 @@ impl<'a> Lane<'a> {
     }
 }
 
-/// A retry lost against somebody else's progress; loom must be told so that it lets the other run.
-#[inline]
-fn spin_hint() {
-    #[cfg(loom)]
-    loom::thread::yield_now();
-}
-
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::{

@@ -113,7 +113,7 @@ fn slot(entries: &[AtomicU64], position: u64) -> usize {
     position as usize & (entries.len() - 1)
 }
 
-#[cfg(all(test, not(loom)))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use std::thread;

@@ -12,7 +12,7 @@
 //! # Why the views are sound
 //!
 //! Everything in the control part is an atomic, so a shared reference to it is valid whatever other processes do.
-//! There are no pointers, bools or enums in shared memory. The arenas are only handed out by [`crate::arena`].
+//! There are no pointers, bools or enums in shared memory. The arenas are only handed out by `arena`.
 //!
 //! | view | supervisor | front | worker |
 //! |---|---|---|---|
@@ -212,7 +212,7 @@ impl SegmentOwner {
                 Ok(()) => break,
                 Err(Errno::INTR) => {}
                 Err(Errno::NOSPC) => {
-                    let mib = |blocks: u64, size: u64| blocks * size >> 20;
+                    let mib = |blocks: u64, size: u64| (blocks * size) >> 20;
                     let fs = statvfs(DIRECTORY).map_err(|e| io("reserve")(e.into()))?;
                     let (free, size) = (mib(fs.f_bavail, fs.f_frsize), mib(fs.f_blocks, fs.f_frsize));
                     return Err(SegmentError::NoSpace { need: layout.total.div_ceil(1 << 20), free, size });
@@ -365,7 +365,7 @@ impl View {
 
     fn slice<T: Shared>(&self, offset: u64, len: usize) -> &[T] {
         let offset = offset as usize;
-        assert!(offset % align_of::<T>() == 0, "misaligned");
+        assert!(offset.is_multiple_of(align_of::<T>()), "misaligned");
         let end = size_of::<T>().checked_mul(len).and_then(|bytes| bytes.checked_add(offset));
         assert!(end.is_some_and(|end| end <= self.map.len()), "outside of the view");
         // SAFETY: in bounds and aligned (the mapping is page-aligned), as just checked; the memory lives as long as

@@ -4,7 +4,7 @@
 //! its own, so that Ctrl-C reaches us alone and we end it in order.
 
 use std::{
-    env,
+    env, fs,
     io::{BufRead as _, BufReader},
     os::unix::process::CommandExt as _,
     process::{self, Child, ChildStdout, Command, ExitStatus, Stdio},
@@ -17,7 +17,7 @@ use rustix::{
 };
 
 use super::POOL;
-use crate::{cli::BadUsage, config::Config};
+use crate::{cli::BadUsage, config::Config, segment::PREFIX};
 
 /// How long the server may take to end when it is asked to; it has nothing left to do.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
@@ -38,7 +38,7 @@ impl Server {
         let pid = process::id();
         let mut command = Command::new(program);
         command.args(["serve", "--listen", "127.0.0.1:0"]);
-        command.args(["--name", &format!("forkring-demo-{pid}")]);
+        command.args(["--name", &name(pid)]);
         command.args(["--pool", &format!("{POOL}=sha256")]);
         command.args(["--workers", &config.workers.to_string()]);
         command.args(["--arena", &config.arena.to_string()]);
@@ -116,11 +116,18 @@ impl Server {
     }
 }
 
+/// Of the server that the process with this pid starts; nobody else's.
+fn name(pid: u32) -> String {
+    format!("demo-{pid}")
+}
+
 impl Drop for Server {
     fn drop(&mut self) {
         if self.end().is_err() {
             // Already reaped, or beyond our reach; it ends with us at the latest.
             let _ = self.child.kill();
         }
+        // It removes its segment itself, unless it was killed; and no server of this name will come and do it.
+        let _ = fs::remove_file(format!("/dev/shm/{PREFIX}{}", name(process::id())));
     }
 }
