@@ -318,7 +318,11 @@ impl Hub {
             metadata: &head.metadata,
         };
         let index = front.offer(&offer, request).map_err(|error| {
-            self.lane_full.set(self.lane_full.get() || error == OfferError::Lane);
+            if error == OfferError::Lane {
+                self.lane_full.set(true);
+                // For the timer, as workers do not tell.
+                self.notify.notify_one();
+            }
             NotOffered::Later(error)
         })?;
         drop(front);

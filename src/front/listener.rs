@@ -4,12 +4,19 @@
 //! it must do well when things go badly: without file descriptors it waits instead of spinning, a client that says
 //! nothing is shown out, and there is a limit to connections.
 
-use std::{io, net::TcpListener, rc::Rc, sync::Arc, time::Duration};
+use std::{
+    io::{self, Cursor},
+    net::TcpListener,
+    rc::Rc,
+    sync::Arc,
+    time::Duration,
+};
 
 use hyper::{rt::Executor, server::conn::http2, service::service_fn};
 use hyper_util::rt::TokioIo;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::{
+    io::{AsyncReadExt, join},
     net::TcpStream,
     sync::{OwnedSemaphorePermit, Semaphore},
     task::{JoinSet, spawn_local},
@@ -28,8 +35,9 @@ const MAX_FRAME: u32 = 1 << 20;
 const SEND_BUFFER: usize = 1 << 20;
 const MAX_STREAMS: u32 = 2048;
 const MAX_HEADERS: u32 = 16 << 10;
-/// How long a new connection may say nothing.
-const FIRST_BYTE: Duration = Duration::from_secs(10);
+/// How long a new connection may take to send the first words of HTTP/2, and how many bytes these have.
+const FIRST_WORDS: Duration = Duration::from_secs(10);
+const PREFACE: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
 /// A peer that has been silent this long is asked whether it is still there, this often. By the kernel: HTTP/2 pings would
 /// wake an idle front for every connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(60);
@@ -94,17 +102,21 @@ async fn accept_one(
     Ok((stream, permit))
 }
 
-async fn serve(stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
+async fn serve(mut stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
     // What is silent after this is the kernel's keep-alive to find out about.
     let mut draining = hub.draining.subscribe();
+    // hyper waits for it without end.
+    let mut preface = [0; PREFACE];
     let spoke = tokio::select! {
-        spoke = timeout(FIRST_BYTE, stream.readable()) => matches!(spoke, Ok(Ok(()))),
+        spoke = timeout(FIRST_WORDS, stream.read_exact(&mut preface)) => matches!(spoke, Ok(Ok(_))),
         _ = draining.wait_for(|draining| *draining) => false,
     };
     if !spoke {
-        tracing::debug!("a client connected and said nothing");
+        tracing::debug!("a client connected and did not say that it speaks HTTP/2");
         return;
     }
+    let (read, write) = stream.into_split();
+    let stream = join(Cursor::new(preface).chain(read), write);
     let service = service_fn(move |request| answer(hub.clone(), routes.clone(), request));
     let mut connection = http2::Builder::new(Local);
     connection

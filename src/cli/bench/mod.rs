@@ -69,7 +69,7 @@ pub struct BenchArgs {
     addr: Addr,
 
     /// The pool that is to handle the items; not needed when the server has one
-    #[arg(long, default_value = "")]
+    #[arg(long, value_name = "NAME", default_value = "")]
     pool: String,
 
     /// Which RPC carries the items
@@ -77,35 +77,35 @@ pub struct BenchArgs {
     mode: Mode,
 
     /// How many connections to open
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
     connections: u32,
 
     /// Items outstanding on each connection at most [default: 1; with --rate 1024]
-    #[arg(long, value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
     in_flight: Option<u32>,
 
     /// Bytes in each item, such as 64, 4k or 1m
-    #[arg(long, default_value = "64")]
+    #[arg(long, value_name = "SIZE", default_value = "64")]
     payload: ByteSize,
 
     /// Open loop: begin so many items a second, over all connections, such as 5000 or 5000/s
-    #[arg(long, value_parser = parse_rate)]
+    #[arg(long, value_name = "N/s", value_parser = parse_rate)]
     rate: Option<f64>,
 
     /// How long to measure, such as 10s or 500ms [default: 10s; with --count no limit]
-    #[arg(long, value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", value_parser = parse_duration)]
     duration: Option<Duration>,
 
     /// How long to load the server before measuring
-    #[arg(long, default_value = "1s", value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "1s", value_parser = parse_duration)]
     warmup: Duration,
 
     /// End after so many measured items
-    #[arg(long, value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     count: Option<u64>,
 
     /// How long to wait for the answers that are still out at the end
-    #[arg(long, default_value = "10s", value_parser = parse_duration)]
+    #[arg(long, value_name = "DURATION", default_value = "10s", value_parser = parse_duration)]
     drain: Duration,
 
     /// Check that every result is the item's own payload (for pools that echo); costs a copy per item

@@ -33,6 +33,7 @@ pub struct Tally {
     answered_in_time: u64,
     last_answer: Instant,
     failed: u64,
+    failed_in_warmup: u64,
     errors: BTreeMap<(&'static str, String), u64>,
     /// Updates that no item waits for: doubled, late, or left over from another client.
     stray: u64,
@@ -49,6 +50,7 @@ impl Tally {
             answered_in_time: 0,
             last_answer: from,
             failed: 0,
+            failed_in_warmup: 0,
             errors: BTreeMap::new(),
             stray: 0,
         }
@@ -69,8 +71,10 @@ impl Tally {
     pub fn failed(&mut self, measured: bool, status: &v1::Status) {
         if measured {
             self.failed += 1;
-            self.error(status);
+        } else {
+            self.failed_in_warmup += 1;
         }
+        self.error(status);
     }
 
     /// Something went wrong that is not one item's failure, such as a connection that was refused.
@@ -104,6 +108,7 @@ impl Tally {
         Report {
             items,
             failed: self.failed,
+            failed_in_warmup: self.failed_in_warmup,
             unanswered: pace.measured().saturating_sub(items + self.failed),
             unsent: pace.unsent(),
             stray: self.stray,
@@ -206,6 +211,7 @@ pub struct Report {
     /// Items that succeeded, of those due in the measured time.
     pub items: u64,
     failed: u64,
+    failed_in_warmup: u64,
     unanswered: u64,
     unsent: u64,
     stray: u64,
@@ -236,6 +242,7 @@ impl Report {
             "seconds": self.seconds,
             "items": self.items,
             "failed": self.failed,
+            "failed_in_warmup": self.failed_in_warmup,
             "unanswered": self.unanswered,
             "unsent": self.unsent,
             "stray": self.stray,
@@ -284,6 +291,7 @@ impl Report {
         );
         row("failed", self.failed.to_string());
         let counts = [
+            ("failed", self.failed_in_warmup, "in the warm-up"),
             ("unanswered", self.unanswered, "still out when the drain time was up"),
             ("unsent", self.unsent, "due, but the window was full to the end"),
             ("stray", self.stray, "updates that no item waits for: doubled, late, or from before this run"),

@@ -121,7 +121,8 @@ async fn bench(options: &str) -> serde_json::Value {
     let addr = incoming.local_addr().unwrap().to_string();
     let server = Server::builder().add_service(DispatcherServer::new(Fake::default())).serve_with_incoming(incoming);
     let server = tokio::spawn(server);
-    let line = format!("bench --addr {addr} --warmup 0s {options}");
+    let warmup = if options.contains("--warmup") { "" } else { " --warmup 0s" };
+    let line = format!("bench --addr {addr}{warmup} {options}");
     let args = Cli::try_parse_from(line.split(' ')).unwrap().bench;
     let report = load(&args, Target::parse(&addr).unwrap()).await.unwrap();
     server.abort();
@@ -181,6 +182,12 @@ async fn failures_are_counted_by_code_and_reason() {
 
     let report = bench("--pool reject --mode submit --in-flight 40 --count 40").await;
     assert_eq!(outcome(&report), (0, 40, 0));
+    assert_eq!(report["errors"][0]["reason"], "UNKNOWN_POOL");
+
+    // These fill the window before anything is measured, and their receipt comes at the end.
+    let report = bench("--pool reject --mode submit --in-flight 4 --warmup 500ms --duration 1ms").await;
+    assert_eq!(outcome(&report), (0, 0, 0));
+    assert_eq!(report["failed_in_warmup"], 4);
     assert_eq!(report["errors"][0]["reason"], "UNKNOWN_POOL");
 }
 
