@@ -14,7 +14,9 @@
 //! only between its claim and its DONE. So a slice that is borrowed by the rules of [`crate::dispatch`] is not
 //! written under its reader. Requests are mapped read-only in workers, and a worker maps no partition but its own,
 //! so a worker that breaks the rules can at worst change the bytes of its own results while they are sent: the reader
-//! copies them to a socket and decides nothing by them.
+//! copies them to a socket and decides nothing by them. There is one exception within the rules, of the same kind: of
+//! a stream that was reset, HTTP/2 may still be writing the rest of a frame whose result went to another subscriber
+//! and was freed; its client ignores it.
 #![allow(unsafe_code)]
 
 use std::slice;
@@ -62,6 +64,15 @@ pub struct Span {
     pub len: u64,
 }
 
+/// A part of a partition that an item has.
+#[derive(Debug)]
+pub enum Memory {
+    /// Allocated by this process.
+    Own(Block),
+    /// In use since before this process took over.
+    Inherited(Span),
+}
+
 /// The allocator of one partition. Best fit in constant time (Aaltonen's offset allocator, after TLSF).
 pub struct Partition {
     bytes: u64,
@@ -71,13 +82,16 @@ pub struct Partition {
     blocks: usize,
     /// What was in use at the start and still is.
     inherited: Vec<Span>,
+    /// Granules that are free, in however many pieces.
+    free: u64,
 }
 
 impl Partition {
     /// An allocator of `bytes` of which `used` are taken, for at most `blocks` blocks at a time.
     pub fn around(bytes: u64, blocks: u32, mut used: Vec<Span>) -> Self {
         used.sort_unstable_by_key(|span| span.offset);
-        let mut partition = Partition { bytes, max_blocks: blocks, gaps: Vec::new(), blocks: 0, inherited: used };
+        let mut partition =
+            Partition { bytes, max_blocks: blocks, gaps: Vec::new(), blocks: 0, inherited: used, free: 0 };
         let mut start = 0;
         for at in 0..=partition.inherited.len() {
             let span = partition.inherited.get(at).copied().unwrap_or(Span { offset: bytes, len: 0 });
@@ -93,11 +107,25 @@ impl Partition {
             // Each block needs a node, and so does each range between blocks.
             let nodes = granules.min(self.max_blocks).saturating_mul(2).saturating_add(4);
             self.gaps.push((start, Allocator::with_max_allocs(granules, nodes)));
+            self.free += u64::from(granules);
         }
     }
 
+    /// Gives back what an item had.
+    pub fn give_back(&mut self, memory: Memory) {
+        match memory {
+            Memory::Own(block) => self.free(block),
+            Memory::Inherited(span) => self.free_inherited(span),
+        }
+    }
+
+    /// Bytes that are free, in however many pieces.
+    pub fn free_bytes(&self) -> u64 {
+        self.free * GRANULE
+    }
+
     /// Something that was in use at the start no longer is.
-    pub fn free_inherited(&mut self, span: Span) {
+    fn free_inherited(&mut self, span: Span) {
         let Some(at) = self.inherited.iter().position(|one| *one == span) else { return };
         self.inherited.swap_remove(at);
         self.add_gap(span.offset / GRANULE, (span.offset.saturating_add(span.len).min(self.bytes)).div_ceil(GRANULE));
@@ -117,6 +145,7 @@ impl Partition {
         self.gaps.iter_mut().enumerate().find_map(|(gap, (start, allocator))| {
             let allocation = allocator.allocate(granules)?;
             self.blocks += 1;
+            self.free -= u64::from(granules);
             let offset = (*start + u64::from(allocation.offset)) * GRANULE;
             let len = u64::from(granules) * GRANULE;
             Some(Block { offset, len, gap, allocation: Allocated(allocation) })
@@ -126,6 +155,7 @@ impl Partition {
     /// Gives a block back.
     pub fn free(&mut self, block: Block) {
         self.blocks -= 1;
+        self.free += block.len / GRANULE;
         self.gaps[block.gap].1.free(block.allocation.0);
         self.mend();
     }

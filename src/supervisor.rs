@@ -45,6 +45,7 @@ use crate::{
 /// A process that lived this long was not killed by its own start.
 const SETTLED: Duration = Duration::from_secs(1);
 const BACKOFF: Duration = Duration::from_millis(50);
+const FORK_AGAIN: Duration = Duration::from_secs(1);
 const MAX_BACKOFF: Duration = Duration::from_secs(10);
 
 /// A child's exit code for a failure that a restart cannot mend.
@@ -254,7 +255,14 @@ impl Supervisor {
             for at in 0..self.seats.len() {
                 if self.seats[at].restart_at.is_some_and(|due| due <= now) {
                     if self.is_needed(self.seats[at].slot, stage) {
-                        self.spawn(at)?;
+                        match self.spawn(at) {
+                            // No memory or too many processes, for now: what was accepted must not be lost by that.
+                            Err(SupervisorError::Fork(ForkError::Io(error))) => {
+                                tracing::warn!(%error, "cannot fork, trying again");
+                                self.seats[at].restart_at = Some(now + FORK_AGAIN);
+                            }
+                            spawned => spawned?,
+                        }
                     } else {
                         self.seats[at].restart_at = None;
                     }
@@ -284,8 +292,8 @@ impl Supervisor {
         self.bells.ring_all();
     }
 
-    /// Whether a process that died is replaced: a drain needs the workers until the front is done, and the front,
-    /// once it is draining, only if it died with work in it.
+    /// Whether a process that died is replaced: a drain needs all of them until the front is done, and nobody after
+    /// that.
     fn is_needed(&self, slot: Slot, stage: Stage) -> bool {
         match stage {
             Stage::Serving | Stage::Draining => true,
@@ -327,7 +335,7 @@ impl Supervisor {
             Slot::Worker(number) => {
                 let failure = crashed(status);
                 let max_attempts = self.config.max_attempts.into();
-                sweep_worker(&self.segment, &self.bells, number, max_attempts, &failure)
+                sweep_worker(&self.segment, &self.topology, &self.bells, number, max_attempts, &failure)
             }
             Slot::Front(number) => {
                 sweep_front(&self.segment, &self.bells, number);

@@ -77,8 +77,8 @@ fn wait_spinning(worker: &Worker<'_>, spinner: &mut Spinner) -> bool {
 /// Handles one item, whatever happens.
 fn handle(worker: &mut Worker<'_>, handler: &mut dyn Handler, claimed: Claimed, max_result: usize) {
     let began = now();
-    let failed = |worker: &mut Worker<'_>, claimed, failure: Failure| {
-        let mut reply = worker.reply(usize::MAX);
+    let failed = |worker: &mut Worker<'_>, claimed: Claimed, failure: Failure| {
+        let mut reply = worker.reply(&claimed, usize::MAX);
         let text = failure.encode();
         if reply.write(&text).is_err() {
             // No room for the long version.

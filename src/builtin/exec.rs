@@ -7,7 +7,7 @@
 
 use std::{
     io::{self, Read, Write},
-    os::fd::AsFd,
+    os::{fd::AsFd, unix::process::CommandExt},
     process::{Child, Command, Stdio},
 };
 
@@ -15,6 +15,7 @@ use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
+    process::{Pid, Signal, kill_process_group},
 };
 use tonic::Code;
 
@@ -58,15 +59,17 @@ pub fn run(command: &[String], item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Re
         return Err(Failure::handler(BuiltinError::Command));
     };
     let mut command = Command::new(program);
-    command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    // A group of its own, so that what it starts can be ended with it.
+    command.args(arguments).process_group(0).stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(Stdio::piped());
     let child = dies_with_us(&mut command).spawn();
     let child = child.map_err(|error| {
         Failure::new(Code::FailedPrecondition, "EXEC_FAILED", format_args!("cannot run `{program}`: {error}"))
     })?;
-    let mut child = Running(child);
+    let mut child = Running { program: child, reaped: false };
     let mut stderr = Vec::new();
     child.pump(item, reply, &mut stderr)?;
-    let status = child.0.wait()?;
+    let status = child.program.wait()?;
+    child.reaped = true;
     if status.success() {
         return Ok(());
     }
@@ -77,22 +80,30 @@ pub fn run(command: &[String], item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Re
 }
 
 /// A program that is killed and reaped if its item ends before it does.
-struct Running(Child);
+struct Running {
+    program: Child,
+    reaped: bool,
+}
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // Both fail if it has been waited for, which is just as well.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
+        if self.reaped {
+            return;
+        }
+        // All of a pipeline, not only its shell. It fails if nobody is left, which is just as well.
+        if let Some(group) = Pid::from_raw(self.program.id().cast_signed()) {
+            let _ = kill_process_group(group, Signal::KILL);
+        }
+        let _ = self.program.wait();
     }
 }
 
 impl Running {
     /// Feeds stdin and reads the other two until both are closed.
     fn pump(&mut self, item: &Item<'_>, reply: &mut Reply<'_, '_>, tail: &mut Vec<u8>) -> Result<(), Failure> {
-        let mut stdin = self.0.stdin.take();
-        let mut stdout = self.0.stdout.take();
-        let mut stderr = self.0.stderr.take();
+        let mut stdin = self.program.stdin.take();
+        let mut stdout = self.program.stdout.take();
+        let mut stderr = self.program.stderr.take();
         let pipes =
             [stdin.as_ref().map(AsFd::as_fd), stdout.as_ref().map(AsFd::as_fd), stderr.as_ref().map(AsFd::as_fd)];
         for pipe in pipes.into_iter().flatten() {

@@ -15,7 +15,7 @@ pub struct Failure {
 }
 
 /// Bytes of a message that are kept: the client gets it in HTTP/2 headers, which are bounded.
-const MESSAGE: usize = 2048;
+const MESSAGE: usize = 1024;
 
 impl Failure {
     /// A failure with a gRPC code, a reason for programs (a constant in UPPER_SNAKE_CASE) and a message for people.
@@ -55,7 +55,7 @@ impl Failure {
     pub(crate) fn from_result(code: u32, bytes: &[u8]) -> Self {
         let (len, rest) = bytes.split_first().unwrap_or((&0, &[]));
         let (reason, message) = rest.split_at(rest.len().min(usize::from(*len)));
-        let text = |bytes| String::from_utf8_lossy(bytes).into_owned();
+        let text = |bytes: &[u8]| String::from_utf8_lossy(&bytes[..bytes.len().min(MESSAGE)]).into_owned();
         Failure::new(Code::from_i32(code as i32), text(reason), text(message))
     }
 

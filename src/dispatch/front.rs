@@ -5,12 +5,12 @@
 
 use std::sync::{Arc, atomic::Ordering::*};
 
-use super::{Bells, Phase, SUPERVISOR, Topology, Word, wake, wake_worker};
+use super::{Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, wake, wake_worker};
 use crate::{
-    arena::{Block, Partition, Span, largest_block},
+    arena::{Block, Memory, Partition, Span, largest_block},
     crash_point::crash_point,
     ring::{Consumer, Hint},
-    segment::{INLINE, ItemRecord, Segment, Slot},
+    segment::{INLINE, ItemRecord, PRIORITIES, Segment, Slot},
 };
 
 /// By which RPC an item came: what becomes of it if its front dies.
@@ -61,7 +61,7 @@ impl Default for Request {
     }
 }
 
-/// Why an item was not accepted. All of these pass when other items complete.
+/// Why an item was not accepted. All of these pass: the first two when other items complete, the last when a worker comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OfferError {
     /// The item table is full.
@@ -123,14 +123,6 @@ struct Known {
     extra: Option<Memory>,
 }
 
-/// A part of the request arena.
-#[derive(Debug)]
-enum Memory {
-    Own(Block),
-    /// The predecessor's.
-    Inherited(Span),
-}
-
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 enum State {
     #[default]
@@ -160,7 +152,9 @@ pub struct Front<'s> {
     cursor: usize,
     /// Items that were found DONE by a scan.
     found: Vec<u32>,
-    /// Counts the items that were freed.
+    /// Items that are READY and may have no hint.
+    unhinted: Vec<u32>,
+    /// Counts what was freed.
     freed: u64,
     /// Pools in whose lanes something was pushed since the last ring, a bit each.
     pushed: u64,
@@ -183,7 +177,12 @@ pub(super) fn front_of(segment: &Segment, index: u32) -> u16 {
 impl<'s> Front<'s> {
     /// Takes a front's slot over, and whatever its predecessor left: its calls are cancelled, because their callers
     /// are gone, and its submitted items are handed to the caller.
+    ///
+    /// # Panics
+    ///
+    /// If this view was not attached for that slot, or was used for it before: there is one front in a slot.
     pub fn attach(segment: &'s Segment, topology: Topology, bells: Arc<Bells>, number: u16) -> (Self, Vec<Adopted>) {
+        assert!(segment.occupy(Slot::Front(number)), "the slot is not this view's, or is taken");
         let (first, count) = share(segment, number);
         let geometry = segment.geometry();
         let mut front = Front {
@@ -198,6 +197,7 @@ impl<'s> Front<'s> {
             consumers: (0..geometry.workers).map(|w| segment.consumer(w as u16, number)).collect(),
             cursor: 0,
             found: Vec::new(),
+            unhinted: Vec::new(),
             freed: 0,
             pushed: 0,
         };
@@ -211,7 +211,11 @@ impl<'s> Front<'s> {
         if !used.is_empty() {
             front.arena = Partition::around(geometry.request_bytes, 2 * count, used);
         }
-        segment.rescan(number).store(1, Relaxed);
+        segment.rescan(number).fetch_or(1, Release);
+        // What was freed just now a worker may wait for.
+        for worker in 0..geometry.workers as u16 {
+            wake(segment, &front.bells, Slot::Worker(worker));
+        }
         (front, adopted)
     }
 
@@ -223,17 +227,8 @@ impl<'s> Front<'s> {
             let word = Word::load(&record.word);
             match word.phase() {
                 Phase::Free => return false,
-                Phase::Ready if submitted => {
-                    // The predecessor may have died before it pushed the hint; a second one does no harm.
-                    let hint = Hint { index, generation: word.generation() };
-                    if self.segment.lane(word.lane().into()).push(hint).is_err() {
-                        tracing::error!(
-                            index,
-                            "a lane is full of stale hints: an adopted item waits for a worker to clear it"
-                        );
-                    }
-                    self.pushed |= 1 << (u32::from(word.lane()) / crate::segment::PRIORITIES);
-                }
+                // The predecessor may have died before it pushed the hint; a second one does no harm.
+                Phase::Ready if submitted => self.unhinted.push(index),
                 Phase::Ready => {
                     if word.with(Phase::Free, 0).exchange(&record.word, word).is_err() {
                         continue;
@@ -252,6 +247,8 @@ impl<'s> Front<'s> {
         let known = &mut self.known[(index - self.first) as usize];
         known.state = if submitted { State::Waiting } else { State::Abandoned };
         let (payload, extra) = request_spans(record);
+        // A completed item's payload has been given back; its memory may be another's by now.
+        let payload = payload.filter(|_| Word::load(&record.word).phase() != Phase::Done);
         used.extend(payload.into_iter().chain(extra));
         known.request = payload.map(Memory::Inherited);
         known.extra = extra.map(Memory::Inherited);
@@ -279,7 +276,12 @@ impl<'s> Front<'s> {
         self.free.len()
     }
 
-    /// Counts the items that were freed: when it changes, there is room.
+    /// Bytes of the request arena that are free, in however many pieces.
+    pub fn free_request_bytes(&self) -> u64 {
+        self.arena.free_bytes()
+    }
+
+    /// Counts the items and payloads that were freed: when it changes, there is room.
     pub fn freed(&self) -> u64 {
         self.freed
     }
@@ -415,6 +417,9 @@ impl<'s> Front<'s> {
 
     /// Wakes a worker of each pool in which items were offered since the last ring, if one sleeps.
     pub fn ring(&mut self) {
+        if !self.unhinted.is_empty() {
+            self.push_hints();
+        }
         let mut pools = std::mem::take(&mut self.pushed);
         while pools != 0 {
             let pool = pools.trailing_zeros() as u16;
@@ -426,7 +431,7 @@ impl<'s> Front<'s> {
     /// Whether items wait in a lane while a worker of its pool sleeps: one that was woken may not have come (stopped,
     /// frozen, swapped out), and [`Front::ring_next`] should follow in a while.
     pub fn somebody_is_late(&self) -> bool {
-        (0..self.topology.pools()).any(|pool| self.is_late(pool))
+        !self.unhinted.is_empty() || (0..self.topology.pools()).any(|pool| self.is_late(pool))
     }
 
     /// Rings the next sleeper of each pool in whose lanes items still wait.
@@ -438,7 +443,7 @@ impl<'s> Front<'s> {
 
     fn is_late(&self, pool: u16) -> bool {
         self.segment.idle(pool).any()
-            && (0..crate::segment::PRIORITIES).any(|p| !self.segment.lane(super::lane_of(pool, p).into()).is_empty())
+            && (0..PRIORITIES).any(|p| !self.segment.lane(super::lane_of(pool, p).into()).is_empty())
     }
 
     fn known_mut(&mut self, index: u32) -> &mut Known {
@@ -447,13 +452,14 @@ impl<'s> Front<'s> {
 
     /// The next completed item, if there is one.
     pub fn collect(&mut self) -> Option<Completion> {
-        if self.segment.rescan(self.number).load(Relaxed) != 0 {
-            self.scan();
-        }
         loop {
-            let index = match self.found.pop() {
+            let index = match self.found.pop().or_else(|| self.pop()) {
                 Some(index) => index,
-                None => self.pop()?,
+                None if self.segment.rescan(self.number).load(Relaxed) != 0 => {
+                    self.scan();
+                    continue;
+                }
+                None => return None,
             };
             // A hint: anything may be wrong with it.
             let Some(known) = index.checked_sub(self.first).and_then(|i| self.known.get_mut(i as usize)) else {
@@ -464,14 +470,22 @@ impl<'s> Front<'s> {
             if word.phase() != Phase::Done {
                 continue;
             }
-            match known.state {
-                State::Waiting => known.state = State::Held,
-                State::Abandoned => {
-                    known.state = State::Held;
-                    self.release(index);
+            let state = std::mem::replace(&mut known.state, State::Held);
+            match state {
+                State::Waiting | State::Abandoned => {}
+                State::Free | State::Held => {
+                    known.state = state;
                     continue;
                 }
-                State::Free | State::Held => continue,
+            }
+            // Nobody reads the payload any more, and the result may have to wait.
+            if let Some(payload) = known.request.take() {
+                self.arena.give_back(payload);
+                self.freed += 1;
+            }
+            if state == State::Abandoned {
+                self.release(index);
+                continue;
             }
             crash_point!("collect.held");
             return Some(self.completion(index, record, word));
@@ -488,22 +502,48 @@ impl<'s> Front<'s> {
         None
     }
 
-    /// A return ring was full, or somebody died: what is DONE may have no hint.
+    /// A return ring was full, or somebody died: looks at every item for what no hint tells.
     #[cold]
     fn scan(&mut self) {
-        // Acquire, and before the look: whoever sets it again later has completed something later.
+        // I2': pairs with I2, and before the look: whoever sets it again later has completed something later.
         self.segment.rescan(self.number).swap(0, AcqRel);
         for index in self.first..self.first + self.known.len() as u32 {
-            if Word::load(&self.segment.item(index).word).phase() == Phase::Done {
-                self.found.push(index);
+            let word = Word::load(&self.segment.item(index).word);
+            match (word.phase(), self.known_mut(index).state) {
+                (Phase::Done, State::Waiting | State::Abandoned) => self.found.push(index),
+                // Given back by a sweep, which may have found the lane full.
+                (Phase::Ready, State::Waiting) if word.attempts() > 0 => self.unhinted.push(index),
+                // Given back by a sweep just when it was cancelled.
+                (Phase::Ready | Phase::Claimed, State::Abandoned) => {
+                    self.known_mut(index).state = State::Waiting;
+                    self.cancel(index);
+                }
+                _ => {}
             }
         }
+    }
+
+    /// Pushes hints for items that may have none. Those that do not fit are tried again.
+    fn push_hints(&mut self) {
+        let segment = self.segment;
+        let mut pushed = 0;
+        self.unhinted.retain(|&index| {
+            let word = Word::load(&segment.item(index).word);
+            if word.phase() != Phase::Ready || u32::from(word.lane()) >= lanes(segment) {
+                return false;
+            }
+            let full = segment.lane(word.lane().into()).push(Hint { index, generation: word.generation() }).is_err();
+            pushed |= 1 << (u32::from(word.lane()) / PRIORITIES);
+            full
+        });
+        self.pushed |= pushed;
     }
 
     fn completion(&self, index: u32, record: &ItemRecord, word: Word) -> Completion {
         let len = record.result_len.load(Relaxed) as usize;
         let offset = record.result_offset.load(Relaxed);
-        let inside = len <= INLINE || self.segment.read_result(word.owner(), offset, len as u64).is_some();
+        let inside =
+            len <= INLINE || len <= MAX_RESULT && self.segment.read_result(word.owner(), offset, len as u64).is_some();
         let outcome = match record.code.load(Relaxed) {
             _ if !inside => Outcome::Invalid,
             0 => Outcome::Success,
@@ -530,7 +570,7 @@ impl<'s> Front<'s> {
     }
 
     /// The bytes of a result in the arena, in place. They must not be looked at after [`Front::release`].
-    pub fn arena_result(&self, completion: &Completion) -> Option<&'s [u8]> {
+    pub(crate) fn arena_result(&self, completion: &Completion) -> Option<&'s [u8]> {
         self.segment.read_result(completion.worker, completion.offset, completion.len as u64)
     }
 
@@ -587,10 +627,7 @@ impl<'s> Front<'s> {
     fn forget(&mut self, index: u32) {
         let known = std::mem::take(self.known_mut(index));
         for memory in [known.request, known.extra].into_iter().flatten() {
-            match memory {
-                Memory::Own(block) => self.arena.free(block),
-                Memory::Inherited(span) => self.arena.free_inherited(span),
-            }
+            self.arena.give_back(memory);
         }
         self.free.push(index);
         self.freed += 1;

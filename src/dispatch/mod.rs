@@ -135,6 +135,14 @@ pub(crate) fn wake(segment: &Segment, bells: &Bells, slot: Slot) {
     }
 }
 
+/// The most bytes of a result that are believed: a gRPC message counts in 32 bits and has other fields.
+const MAX_RESULT: usize = u32::MAX as usize - (1 << 20);
+
+/// How many lanes there are.
+fn lanes(segment: &Segment) -> u32 {
+    segment.geometry().pools * PRIORITIES
+}
+
 /// The lane of a pool and priority.
 pub(crate) fn lane_of(pool: u16, priority: u32) -> u8 {
     (u32::from(pool) * PRIORITIES + priority) as u8

@@ -6,7 +6,7 @@
 
 use std::sync::atomic::Ordering::*;
 
-use super::{Bells, Failure, Phase, SUPERVISOR, Word, front};
+use super::{Bells, Failure, Phase, SUPERVISOR, Topology, Word, front, lanes};
 use crate::{
     crash_point::crash_point,
     ring::Hint,
@@ -23,8 +23,19 @@ pub struct Swept {
 }
 
 /// Gives back what a dead worker had claimed. `failure` is what becomes of an item that had `max_attempts`.
-pub fn sweep_worker(segment: &Segment, bells: &Bells, worker: u16, max_attempts: u32, failure: &Failure) -> Swept {
+pub fn sweep_worker(
+    segment: &Segment,
+    topology: &Topology,
+    bells: &Bells,
+    worker: u16,
+    max_attempts: u32,
+    failure: &Failure,
+) -> Swept {
     let mut swept = Swept::default();
+    if let Some(pool) = topology.pool_of(worker) {
+        // It sleeps no more: let nobody ring it in vain.
+        segment.idle(pool).leave(usize::from(worker - topology.workers(pool).0));
+    }
     for index in 0..segment.geometry().items {
         let record = segment.item(index);
         let word = Word::load(&record.word);
@@ -32,7 +43,9 @@ pub fn sweep_worker(segment: &Segment, bells: &Bells, worker: u16, max_attempts:
             continue;
         }
         let cancelled = record.is_cancelled(word.generation());
-        if cancelled || u32::from(word.attempts()) + 1 >= max_attempts {
+        // A worker that scribbled over the word must not take the supervisor along.
+        let is_broken = u32::from(word.lane()) >= lanes(segment);
+        if is_broken || cancelled || u32::from(word.attempts()) + 1 >= max_attempts {
             let mut text = failure.encode();
             text.truncate(INLINE);
             record.result.store(&text);
@@ -42,7 +55,8 @@ pub fn sweep_worker(segment: &Segment, bells: &Bells, worker: u16, max_attempts:
             record.claimed.store(now, Relaxed);
             record.done.store(now, Relaxed);
             crash_point!("sweep.written");
-            let done = Word::new(word.generation(), word.lane(), SUPERVISOR, Phase::Done, word.attempts() + 1);
+            let done =
+                Word::new(word.generation(), word.lane(), SUPERVISOR, Phase::Done, word.attempts().saturating_add(1));
             done.store(&record.word, word);
             crash_point!("sweep.done");
             swept.failed += 1;
@@ -51,19 +65,16 @@ pub fn sweep_worker(segment: &Segment, bells: &Bells, worker: u16, max_attempts:
             ready.store(&record.word, word);
             crash_point!("sweep.ready");
             let hint = Hint { index, generation: ready.generation() };
-            if segment.lane(ready.lane().into()).push(hint).is_err() {
-                tracing::error!(
-                    index,
-                    "a lane is full of stale hints: a retried item waits for its front to look for it"
-                );
-            }
+            // If it is full of stale hints, the front finds the item when it looks through its own, below.
+            let _ = segment.lane(ready.lane().into()).push(hint);
             crash_point!("sweep.pushed");
             swept.requeued += 1;
         }
     }
     // It may have completed items without telling their fronts, or have been woken for work it did not take.
     for front in 0..segment.geometry().fronts {
-        segment.rescan(front as u16).store(1, Release);
+        // I2: pairs with I2' in the front's scan.
+        segment.rescan(front as u16).fetch_or(1, Release);
     }
     bells.ring_all();
     swept

@@ -9,7 +9,7 @@ use std::{
 
 use super::{Bells, Phase, Topology, Word, front, lane_of, metadata, wake, wake_worker};
 use crate::{
-    arena::{Block, Partition, Span},
+    arena::{Block, Memory, Partition, Span},
     crash_point::crash_point,
     process::{cores, now},
     ring::{Hint, Lane, Producer},
@@ -31,6 +31,7 @@ pub struct Claimed {
     payload_len: usize,
     request_offset: u64,
     has_extra: bool,
+    submitted: bool,
     inline: [u8; INLINE],
 }
 
@@ -104,16 +105,23 @@ pub struct Worker<'s> {
     lanes: Vec<(u8, Lane<'s>)>,
     producers: Vec<Producer<'s>>,
     arena: Partition,
-    /// Results that the front may still look at, oldest first, with the word that says so.
-    results: VecDeque<(u32, Word, Memory)>,
+    /// Results that the front may still look at, oldest first.
+    results: VecDeque<Kept>,
+    /// Bytes of those that are submitted items', which may have to wait long for a subscriber.
+    submitted_bytes: u64,
+    /// Since when none of them was fetched while room was waited for.
+    standstill: Option<Instant>,
 }
 
-/// A part of the worker's result arena.
+/// A result that the front may still look at.
 #[derive(Debug)]
-enum Memory {
-    Own(Block),
-    /// The predecessor's.
-    Inherited(Span),
+struct Kept {
+    index: u32,
+    /// With what it was completed: the memory is free again when the item's word is another.
+    word: Word,
+    memory: Memory,
+    /// Its bytes if it is a submitted item's, else 0.
+    submitted_bytes: u64,
 }
 
 /// How long a worker waits for room while none of its results is fetched.
@@ -147,6 +155,9 @@ impl<'s> Worker<'s> {
     pub fn attach(segment: &'s Segment, topology: Topology, bells: Arc<Bells>, number: u16) -> Option<Self> {
         let pool = topology.pool_of(number)?;
         let geometry = *segment.geometry();
+        if !segment.occupy(Slot::Worker(number)) {
+            return None;
+        }
         let mut results = VecDeque::new();
         let mut used = Vec::new();
         for index in 0..geometry.items {
@@ -156,7 +167,8 @@ impl<'s> Worker<'s> {
             if word.phase() == Phase::Done && word.owner() == number && len > INLINE as u64 {
                 let span = Span { offset: record.result_offset.load(Relaxed), len };
                 used.push(span);
-                results.push_back((index, word, Memory::Inherited(span)));
+                let submitted_bytes = if front::is_submitted(record) { len } else { 0 };
+                results.push_back(Kept { index, word, memory: Memory::Inherited(span), submitted_bytes });
             }
         }
         let bit = usize::from(number - topology.workers(pool).0);
@@ -178,7 +190,9 @@ impl<'s> Worker<'s> {
             bells,
             number,
             pool,
+            submitted_bytes: results.iter().map(|kept: &Kept| kept.submitted_bytes).sum(),
             results,
+            standstill: None,
         })
     }
 
@@ -228,6 +242,7 @@ impl<'s> Worker<'s> {
             payload_len,
             request_offset: record.request_offset.load(Relaxed),
             has_extra: record.extra_len.load(Relaxed) != 0,
+            submitted: front::is_submitted(record),
             inline,
         }
     }
@@ -246,12 +261,12 @@ impl<'s> Worker<'s> {
         };
         let metadata =
             if claimed.has_extra { front::metadata(self.segment, claimed.front, record) } else { Vec::new() };
-        Some((Item { claimed, payload, metadata, record }, self.reply(most)))
+        Some((Item { claimed, payload, metadata, record }, self.reply(claimed, most)))
     }
 
     /// An empty result alone, for an item that is not handled.
-    pub fn reply(&mut self, most: usize) -> Reply<'_, 's> {
-        Reply { worker: self, most, len: 0, inline: [0; INLINE], block: None }
+    pub fn reply(&mut self, claimed: &Claimed, most: usize) -> Reply<'_, 's> {
+        Reply { submitted: claimed.submitted, worker: self, most, len: 0, inline: [0; INLINE], block: None }
     }
 
     /// Whether the front has given the item up.
@@ -303,29 +318,32 @@ impl<'s> Worker<'s> {
         slept
     }
 
-    /// Memory in the own partition. Waits a while for results that are in the way.
-    fn allocate(&mut self, len: usize) -> Result<Block, ReplyError> {
+    /// Memory in the own partition for a result of an item. Waits a while for results that are in the way; not again for
+    /// each item if none is fetched.
+    fn allocate(&mut self, len: usize, submitted: bool) -> Result<Block, ReplyError> {
         // In order of completion is about the order of release: most of the time this finds all there is to find.
-        while self.results.front().is_some_and(|(index, word, _)| self.is_released(*index, *word)) {
+        while self.results.front().is_some_and(|kept| self.is_released(kept)) {
             self.reclaim(0);
         }
-        let mut give_up_at = None;
+        // Results that wait for subscribers may have half of the partition: the rest is for those who wait for them.
+        let half = self.segment.geometry().result_bytes / 2;
         loop {
-            if let Some(block) = self.arena.allocate(len as u64) {
+            let may = !submitted || self.submitted_bytes == 0 || self.submitted_bytes + len as u64 <= half;
+            if let Some(block) = may.then(|| self.arena.allocate(len as u64)).flatten() {
+                self.standstill = None;
                 return Ok(block);
             }
             if self.reclaim_all() {
-                give_up_at = None;
                 continue;
             }
-            let give_up_at = *give_up_at.get_or_insert_with(|| Instant::now() + ROOM_PATIENCE);
-            let left = give_up_at.saturating_duration_since(Instant::now());
+            let since = *self.standstill.get_or_insert_with(Instant::now);
+            let left = ROOM_PATIENCE.saturating_sub(since.elapsed());
             if self.results.is_empty() || left.is_zero() || self.segment.stage() == Stage::Stopping {
                 return Err(ReplyError::NoRoom);
             }
             let door = self.segment.sleeping(Slot::Worker(self.number));
             door.enter(0);
-            let slept = if self.results.iter().any(|(index, word, _)| self.is_released(*index, *word)) {
+            let slept = if self.results.iter().any(|kept| self.is_released(kept)) {
                 Ok(())
             } else {
                 self.bells.worker(self.number).wait_at_most(left)
@@ -335,24 +353,22 @@ impl<'s> Worker<'s> {
         }
     }
 
-    /// A result's memory is free again when the item's word is no longer the one that it was completed with.
-    fn is_released(&self, index: u32, word: Word) -> bool {
-        Word::load(&self.segment.item(index).word) != word
+    fn is_released(&self, kept: &Kept) -> bool {
+        Word::load(&self.segment.item(kept.index).word) != kept.word
     }
 
     fn reclaim(&mut self, at: usize) {
-        match self.results.remove(at) {
-            Some((_, _, Memory::Own(block))) => self.arena.free(block),
-            Some((_, _, Memory::Inherited(span))) => self.arena.free_inherited(span),
-            None => {}
+        if let Some(kept) = self.results.remove(at) {
+            self.arena.give_back(kept.memory);
+            self.submitted_bytes -= kept.submitted_bytes;
+            self.standstill = None;
         }
     }
 
     fn reclaim_all(&mut self) -> bool {
         let before = self.results.len();
         for at in (0..before).rev() {
-            let (index, word, _) = &self.results[at];
-            if self.is_released(*index, *word) {
+            if self.is_released(&self.results[at]) {
                 self.reclaim(at);
             }
         }
@@ -371,15 +387,22 @@ impl<'s> Worker<'s> {
         let done = claimed.word.with(Phase::Done, self.number);
         if let Some(block) = block {
             record.result_offset.store(block.offset(), Relaxed);
-            self.results.push_back((claimed.index, done, Memory::Own(block)));
+            let submitted_bytes = if claimed.submitted { len as u64 } else { 0 };
+            self.submitted_bytes += submitted_bytes;
+            self.results.push_back(Kept {
+                index: claimed.index,
+                word: done,
+                memory: Memory::Own(block),
+                submitted_bytes,
+            });
         }
         crash_point!("complete.written");
         // The completion point.
         done.store(&record.word, claimed.word);
         crash_point!("complete.done");
         if !self.producers[usize::from(claimed.front)].push(claimed.index) {
-            // Release, after DONE: whoever sees the flag finds the item.
-            self.segment.rescan(claimed.front).store(1, Release);
+            // I2: pairs with I2' in the front's scan: whoever sees the flag finds the item DONE.
+            self.segment.rescan(claimed.front).fetch_or(1, Release);
         }
         wake(self.segment, &self.bells, Slot::Front(claimed.front));
         crash_point!("complete.told");
@@ -413,6 +436,7 @@ fn claim(segment: &Segment, hint: Hint, lane: u8, worker: u16) -> Option<Word> {
 /// the result arena if not.
 pub struct Reply<'w, 's> {
     worker: &'w mut Worker<'s>,
+    submitted: bool,
     most: usize,
     len: usize,
     inline: [u8; INLINE],
@@ -452,9 +476,11 @@ impl Reply<'_, '_> {
         let start = self.len;
         let end = start.saturating_add(bytes.len());
         if end > self.room() {
-            // Twice what is needed, so that many small writes copy little.
-            let roomy = end.saturating_mul(2).clamp(end, self.most.max(end));
-            self.reserve(if start == 0 { end } else { roomy })?;
+            // Twice what is needed if that is to be had, so that many small writes copy little.
+            let roomy = if start == 0 { end } else { end.saturating_mul(2).clamp(end, self.most.max(end)) };
+            if self.grow(roomy).is_none() {
+                self.reserve(end)?;
+            }
         }
         self.len = end;
         self.bytes()[start..].copy_from_slice(bytes);
@@ -478,36 +504,59 @@ impl Reply<'_, '_> {
         if len > self.most {
             return Err(ReplyError::TooLarge { len, most: self.most });
         }
-        if len <= self.room() {
+        if len <= self.room() || self.grow(len).is_some() {
             return Ok(());
         }
-        let (segment, number) = (self.worker.segment, self.worker.number);
-        let mut block = match self.worker.arena.allocate(len as u64) {
-            Some(block) => block,
+        // What was written so far may be what is in the way: it steps aside.
+        let kept = self.bytes().to_vec();
+        self.free_block();
+        let written = std::mem::take(&mut self.len);
+        let block = self.worker.allocate(len, self.submitted)?;
+        self.fill(block, &kept);
+        self.len = written;
+        Ok(())
+    }
+
+    /// Moves to a block of so many bytes, if it can be had at once.
+    fn grow(&mut self, len: usize) -> Option<()> {
+        if len > self.most || self.submitted && self.worker.submitted_bytes > 0 {
+            return None;
+        }
+        let block = self.worker.arena.allocate(len as u64)?;
+        let kept = std::mem::take(&mut self.block);
+        let segment = self.worker.segment;
+        let number = self.worker.number;
+        match kept {
             None => {
-                // What was written so far may be what is in the way: it steps aside.
-                let kept = self.bytes().to_vec();
-                if let Some(old) = self.block.take() {
-                    self.worker.arena.free(old);
-                }
-                let written = std::mem::take(&mut self.len);
-                let mut block = self.worker.allocate(len)?;
-                if let Some(new) = segment.write_result(number, &mut block, written as u64) {
-                    new.copy_from_slice(&kept);
+                let line = self.inline;
+                self.fill(block, &line[..self.len.min(INLINE)]);
+            }
+            Some(old) => {
+                let mut block = block;
+                let bytes = segment.read_result(number, old.offset(), self.len as u64).unwrap_or_default();
+                if let Some(new) = segment.write_result(number, &mut block, self.len as u64) {
+                    new.copy_from_slice(bytes);
                 }
                 self.block = Some(block);
-                self.len = written;
-                return Ok(());
+                self.worker.arena.free(old);
             }
-        };
-        let old = self.bytes();
-        if let Some(new) = segment.write_result(number, &mut block, old.len() as u64) {
-            new.copy_from_slice(old);
         }
-        if let Some(old) = self.block.replace(block) {
+        Some(())
+    }
+
+    /// Goes on in a new block, with these bytes.
+    fn fill(&mut self, mut block: Block, bytes: &[u8]) {
+        let segment = self.worker.segment;
+        if let Some(new) = segment.write_result(self.worker.number, &mut block, bytes.len() as u64) {
+            new.copy_from_slice(bytes);
+        }
+        self.block = Some(block);
+    }
+
+    fn free_block(&mut self) {
+        if let Some(old) = self.block.take() {
             self.worker.arena.free(old);
         }
-        Ok(())
     }
 
     /// Completes the item with these bytes as its result; `code` is 0 or that of the failure they describe.
@@ -538,9 +587,7 @@ impl Reply<'_, '_> {
 
 impl Drop for Reply<'_, '_> {
     fn drop(&mut self) {
-        if let Some(block) = self.block.take() {
-            self.worker.arena.free(block);
-        }
+        self.free_block();
     }
 }
 

@@ -25,12 +25,15 @@ use crate::{
     spin::Spinner,
 };
 
+/// What the health of the whole server is asked by.
+const WHOLE: [&str; 2] = ["", "forkring.v1.Dispatcher"];
+
 /// How long a woken worker may take to come before the next is woken. The timer exists only while an item waits and a
 /// worker of its pool sleeps.
 const LATE: Duration = Duration::from_millis(5);
 
 /// Collects for as long as it is polled; ends only if it cannot.
-pub async fn run(hub: &Hub, bell: &AsyncBell, reporter: HealthReporter, spin: Spin) -> io::Result<Infallible> {
+pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin: Spin) -> io::Result<Infallible> {
     let segment = hub.with_front(|front| front.segment());
     let mut spinner = Spinner::new(spin);
     let mut spinning = None;
@@ -46,9 +49,16 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, reporter: HealthReporter, spin: Sp
         hub.tell_of_room(false);
         if epoch != Some(segment.epoch()) {
             epoch = Some(segment.epoch());
-            report_health(hub, &reporter).await;
-            if segment.stage() != Stage::Serving && !hub.draining.send_replace(true) {
-                hub.wake_all();
+            if !hub.is_draining() {
+                report_health(hub, &reporter).await;
+                if segment.stage() != Stage::Serving {
+                    // Ends the streams of those who watch.
+                    for name in services(hub) {
+                        reporter.clear_service_status(name).await;
+                    }
+                    hub.draining.send_replace(true);
+                    hub.wake_all();
+                }
             }
         }
         let active = count > 0 || seen != hub.activity.get();
@@ -115,6 +125,10 @@ async fn until(deadline: Option<u64>) {
     }
 }
 
+fn services(hub: &Hub) -> impl Iterator<Item = &str> {
+    hub.pools.iter().map(String::as_str).chain(WHOLE)
+}
+
 /// A pool serves while one of its workers lives; the server, while one of its pools does.
 async fn report_health(hub: &Hub, reporter: &HealthReporter) {
     let (segment, topology) = hub.with_front(|front| (front.segment(), front.topology().clone()));
@@ -127,7 +141,7 @@ async fn report_health(hub: &Hub, reporter: &HealthReporter) {
         any |= alive;
         reporter.set_service_status(name, status(serving && alive)).await;
     }
-    for name in ["", "forkring.v1.Dispatcher"] {
+    for name in WHOLE {
         reporter.set_service_status(name, status(serving && any)).await;
     }
 }

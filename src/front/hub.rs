@@ -20,13 +20,15 @@ use crate::{
     config::Config,
     dispatch::{Adopted, Completion, Failure, Front, Kind, Offer, OfferError, Request},
     process::now,
-    segment::PRIORITIES,
+    segment::{INLINE, PRIORITIES},
 };
 
 use super::{status::Refusal, wire::ItemHead};
 
 /// Of the item table and the arena, what streams leave to calls, which cannot wait: one part in so many.
 const RESERVE: usize = 16;
+/// Of the item table, what one stream may have: one part in so many.
+const STREAM_SHARE: usize = 4;
 
 /// What an item of an RPC ended with.
 #[derive(Debug)]
@@ -184,6 +186,9 @@ pub struct Hub {
     outbox: usize,
     outbox_bytes: u64,
     reserve: usize,
+    reserve_bytes: u64,
+    /// How many items of one stream may be in work.
+    pub stream_items: usize,
 }
 
 /// An item that could not be offered.
@@ -223,6 +228,8 @@ impl Hub {
             // Half of a worker's result arena: the rest is for those who wait.
             outbox_bytes: front.segment().geometry().result_bytes / 2,
             reserve: items / RESERVE,
+            reserve_bytes: front.segment().geometry().request_bytes / RESERVE as u64,
+            stream_items: (items / STREAM_SHARE).max(1),
             front: RefCell::new(front),
         };
         for Adopted { index, subscription } in adopted {
@@ -330,7 +337,7 @@ impl Hub {
         let serial = self.offers.get() + 1;
         self.offers.set(serial);
         self.serials.borrow_mut()[index as usize] = serial;
-        if deadline != 0 {
+        if deadline != 0 && kind == Kind::Call {
             self.watch(deadline, index, serial);
         }
         // It rings the workers, once for all that is offered before its turn comes.
@@ -350,8 +357,12 @@ impl Hub {
     }
 
     /// Memory for a payload.
-    pub fn request(&self, len: usize) -> Result<Request, OfferError> {
-        self.front.borrow_mut().request(len)
+    pub fn request(&self, len: usize, is_stream: bool) -> Result<Request, OfferError> {
+        let mut front = self.front.borrow_mut();
+        if is_stream && len > INLINE && front.free_request_bytes() < self.reserve_bytes {
+            return Err(OfferError::Arena);
+        }
+        front.request(len)
     }
 
     pub fn write(&self, request: &mut Request, bytes: &[u8]) {
@@ -372,7 +383,7 @@ impl Hub {
         }
     }
 
-    fn wake_room(&self) {
+    pub fn wake_room(&self) {
         // They may come back at once.
         let room = std::mem::take(&mut *self.room.borrow_mut());
         room.into_iter().for_each(Waker::wake);
@@ -392,10 +403,12 @@ impl Hub {
         mailbox
     }
 
-    /// A stream has ended: what it left is abandoned.
-    pub fn close_stream(&self, mailbox: &Rc<Mailbox>) {
+    /// A stream has ended: what it left is abandoned, if it left anything.
+    pub fn close_stream(&self, mailbox: &Rc<Mailbox>, in_flight: usize) {
         self.streams.borrow_mut().retain(|other| !Rc::ptr_eq(other, mailbox));
-        self.abandon(mailbox, None);
+        if in_flight > 0 {
+            self.abandon(mailbox, None);
+        }
     }
 
     /// The results of a subscription, from the past and to come.
@@ -454,6 +467,10 @@ impl Hub {
     /// The result has been copied and the record may be used again.
     pub fn release(&self, index: u32) {
         self.front.borrow_mut().release(index);
+        if !self.room.borrow().is_empty() {
+            // The collector tells them.
+            self.notify.notify_one();
+        }
     }
 
     /// Wakes those who wait for room if there has come to be some. `anyway`: also if it cannot be known, because workers
@@ -475,8 +492,6 @@ impl Hub {
         self.submitted.set(self.submitted.get() - 1);
         self.waiting_bytes.set(self.waiting_bytes.get() - completion.len as u64);
         self.release(completion.index);
-        // Others may wait for the room.
-        self.notify.notify_one();
     }
 
     /// Releases the items whose results have been sent straight from the arena.

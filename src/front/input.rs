@@ -33,10 +33,12 @@ pub struct Input {
     /// Memory for a payload of so many bytes is waited for.
     wanted: Option<usize>,
     timeout: Option<Pin<Box<Sleep>>>,
+    /// Whether it may wait for room: then it leaves some to those who may not.
+    is_stream: bool,
 }
 
 impl Input {
-    pub fn new(hub: Rc<Hub>, body: Incoming) -> Self {
+    pub fn new(hub: Rc<Hub>, body: Incoming, is_stream: bool) -> Self {
         let decoder = ItemDecoder::new(hub.max_message);
         Input {
             hub,
@@ -47,23 +49,24 @@ impl Input {
             complete: false,
             wanted: None,
             timeout: None,
+            is_stream,
         }
     }
 
-    /// Reads up to the end of the next item; false at the end of the stream. If there is no memory for a payload, waits for
-    /// it or, if it must not, refuses.
-    pub fn poll_item(&mut self, cx: &mut Context<'_>, may_wait: bool) -> Poll<Result<bool, Refusal>> {
+    /// Reads up to the end of the next item; false at the end of the stream. If there is no memory for a payload, a stream
+    /// waits for it and a call is refused.
+    pub fn poll_item(&mut self, cx: &mut Context<'_>) -> Poll<Result<bool, Refusal>> {
         loop {
             if self.complete {
                 return Poll::Ready(Ok(true));
             }
             if let Some(len) = self.wanted {
-                match self.hub.request(len) {
+                match self.hub.request(len, self.is_stream) {
                     Ok(request) => {
                         self.replace(request);
                         self.wanted = None;
                     }
-                    Err(error) if !may_wait => return Poll::Ready(Err(error.into())),
+                    Err(error) if !self.is_stream => return Poll::Ready(Err(error.into())),
                     Err(_) => {
                         self.hub.wait_for_room(cx.waker());
                         return Poll::Pending;
@@ -104,7 +107,7 @@ impl Input {
         let before = rest.len();
         loop {
             match self.decoder.next(&mut rest)? {
-                Some(Event::Payload { len }) => match self.hub.request(len) {
+                Some(Event::Payload { len }) => match self.hub.request(len, self.is_stream) {
                     Ok(request) => {
                         let old = std::mem::replace(&mut self.request, request);
                         self.hub.discard(old);
@@ -164,5 +167,7 @@ impl Input {
 impl Drop for Input {
     fn drop(&mut self) {
         self.replace(Request::default());
+        // Its own waker may be among those who wait for room: it is not kept longer than it must.
+        self.hub.wake_room();
     }
 }

@@ -6,7 +6,7 @@
 
 use std::{
     io::{self, Cursor},
-    net::TcpListener,
+    net::{Shutdown, TcpListener},
     rc::Rc,
     sync::Arc,
     time::Duration,
@@ -42,6 +42,8 @@ const PREFACE: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
 /// wake an idle front for every connection.
 const KEEP_ALIVE: Duration = Duration::from_secs(60);
 const KEEP_ALIVE_INTERVAL: Duration = Duration::from_secs(20);
+/// How long a draining connection may do nothing.
+const LINGER: Duration = Duration::from_secs(1);
 /// How long to leave the listener alone when accepting fails, as it does without file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
@@ -66,8 +68,8 @@ pub async fn accept(listener: TcpListener, hub: Rc<Hub>, routes: Routes, max_con
         let accepted = tokio::select! {
             biased;
             _ = draining.wait_for(|draining| *draining) => break,
-            accepted = accept_one(&listener, &room) => accepted,
             Some(_) = connections.join_next() => continue,
+            accepted = accept_one(&listener, &room) => accepted,
         };
         match accepted {
             Ok((stream, permit)) => {
@@ -83,7 +85,10 @@ pub async fn accept(listener: TcpListener, hub: Rc<Hub>, routes: Routes, max_con
             }
         }
     }
-    drop(listener);
+    // The supervisor holds the socket, too: this refuses new connections for all of its holders.
+    if let Err(error) = SockRef::from(&listener).shutdown(Shutdown::Both) {
+        tracing::debug!(%error, "the listener was shut down before");
+    }
     while connections.join_next().await.is_some() {}
     Ok(())
 }
@@ -117,7 +122,13 @@ async fn serve(mut stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
     }
     let (read, write) = stream.into_split();
     let stream = join(Cursor::new(preface).chain(read), write);
-    let service = service_fn(move |request| answer(hub.clone(), routes.clone(), request));
+    // A clone is in each request that is answered and each response that is sent.
+    let open = Rc::new(());
+    let service = {
+        let open = open.clone();
+        service_fn(move |request| answer(hub.clone(), routes.clone(), request, open.clone()))
+    };
+    let idle = Rc::strong_count(&open);
     let mut connection = http2::Builder::new(Local);
     connection
         .initial_stream_window_size(STREAM_WINDOW)
@@ -134,7 +145,13 @@ async fn serve(mut stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
         _ = draining.wait_for(|draining| *draining) => {
             // GOAWAY: no new streams; those that are open end by themselves.
             connection.as_mut().graceful_shutdown();
-            connection.await
+            loop {
+                tokio::select! {
+                    ended = connection.as_mut() => break ended,
+                    // The GOAWAY waits for the client, which may be stopped: not for ever if nothing is under way.
+                    () = sleep(LINGER) => if Rc::strong_count(&open) <= idle { break Ok(()) },
+                }
+            }
         }
     };
     if let Err(error) = ended {

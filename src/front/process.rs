@@ -47,7 +47,7 @@ pub struct ProcessBody {
 impl ProcessBody {
     pub fn new(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Self {
         ProcessBody {
-            input: Input::new(hub.clone(), body),
+            input: Input::new(hub.clone(), body, true),
             mailbox: hub.open_stream(),
             hub,
             deadline,
@@ -92,7 +92,10 @@ impl ProcessBody {
     /// Reads and offers items; whether there may be more at once.
     fn read(&mut self, cx: &mut Context<'_>) -> bool {
         for _ in 0..BURST {
-            match self.input.poll_item(cx, true) {
+            if self.in_flight >= self.hub.stream_items {
+                return false;
+            }
+            match self.input.poll_item(cx) {
                 Poll::Ready(Ok(true)) => {}
                 Poll::Ready(Ok(false)) => {
                     self.close(Ok(()));
@@ -148,6 +151,6 @@ impl ProcessBody {
 
 impl Drop for ProcessBody {
     fn drop(&mut self) {
-        self.hub.close_stream(&self.mailbox);
+        self.hub.close_stream(&self.mailbox, self.in_flight);
     }
 }

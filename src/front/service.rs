@@ -39,8 +39,13 @@ const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 /// A `GetUpdatesRequest` is small.
 const SMALL_MESSAGE: usize = 4096;
 
-/// The body of any response of a front.
-pub enum FrontBody {
+/// The body of any response of a front. Those of our own hold their connection open while it drains.
+pub struct FrontBody {
+    kind: Kind,
+    _open: Option<Rc<()>>,
+}
+
+enum Kind {
     Unary(UnaryBody),
     Process(Box<ProcessBody>),
     Updates(UpdatesBody),
@@ -52,20 +57,20 @@ impl Body for FrontBody {
     type Error = Status;
 
     fn poll_frame(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Status>>> {
-        match self.get_mut() {
-            FrontBody::Unary(body) => Poll::Ready(body.poll().map(Ok)),
-            FrontBody::Process(body) => body.poll(cx).map(|frame| frame.map(Ok)),
-            FrontBody::Updates(body) => body.poll(cx).map(|frame| frame.map(Ok)),
-            FrontBody::Tonic(body) => Pin::new(body).poll_frame(cx),
+        match &mut self.get_mut().kind {
+            Kind::Unary(body) => Poll::Ready(body.poll().map(Ok)),
+            Kind::Process(body) => body.poll(cx).map(|frame| frame.map(Ok)),
+            Kind::Updates(body) => body.poll(cx).map(|frame| frame.map(Ok)),
+            Kind::Tonic(body) => Pin::new(body).poll_frame(cx),
         }
     }
 
     fn is_end_stream(&self) -> bool {
-        match self {
-            FrontBody::Unary(body) => body.is_ended(),
-            FrontBody::Process(body) => body.is_ended(),
-            FrontBody::Updates(body) => body.is_ended(),
-            FrontBody::Tonic(body) => body.is_end_stream(),
+        match &self.kind {
+            Kind::Unary(body) => body.is_ended(),
+            Kind::Process(body) => body.is_ended(),
+            Kind::Updates(body) => body.is_ended(),
+            Kind::Tonic(body) => body.is_end_stream(),
         }
     }
 }
@@ -85,19 +90,22 @@ pub fn routes() -> io::Result<(HealthReporter, Routes)> {
     Ok((reporter, routes))
 }
 
-/// Answers one request.
+/// Answers one request. `open` is held for as long as that takes.
 pub async fn answer(
     hub: Rc<Hub>,
     mut routes: Routes,
     request: Request<Incoming>,
+    open: Rc<()>,
 ) -> Result<Response<FrontBody>, Infallible> {
     hub.activity.set(hub.activity.get() + 1);
     let Some(method) = request.uri().path().strip_prefix("/forkring.v1.Dispatcher/") else {
-        return routes.call(request).await.map(|response| response.map(FrontBody::Tonic));
+        // A stream of somebody who watches ends when the connection does.
+        drop(open);
+        return routes.call(request).await.map(|response| response.map(tonic_body));
     };
     let is_grpc = |value: &HeaderValue| value.as_bytes().starts_with(b"application/grpc");
     if !request.headers().get(CONTENT_TYPE).is_some_and(is_grpc) {
-        let mut response = Response::new(FrontBody::Tonic(tonic::body::Body::empty()));
+        let mut response = Response::new(tonic_body(tonic::body::Body::empty()));
         *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return Ok(response);
     }
@@ -110,15 +118,15 @@ pub async fn answer(
         return Ok(failed(&Refusal::draining().status()));
     }
     let answer = match method {
-        "Call" => call(hub, request.into_body(), deadline).await.map(FrontBody::Unary),
-        "Submit" => submit(hub, request.into_body()).await.map(FrontBody::Unary),
-        "Process" => Ok(FrontBody::Process(Box::new(ProcessBody::new(hub, request.into_body(), deadline)))),
-        "GetUpdates" => updates(hub, request.into_body()).await.map(FrontBody::Updates),
+        "Call" => call(hub, request.into_body(), deadline).await.map(Kind::Unary),
+        "Submit" => submit(hub, request.into_body()).await.map(Kind::Unary),
+        "Process" => Ok(Kind::Process(Box::new(ProcessBody::new(hub, request.into_body(), deadline)))),
+        "GetUpdates" => updates(hub, request.into_body()).await.map(Kind::Updates),
         _ => Err(Status::unimplemented(format!("forkring.v1.Dispatcher has no method {method}"))),
     };
     Ok(match answer {
         Ok(body) => {
-            let mut response = Response::new(body);
+            let mut response = Response::new(FrontBody { kind: body, _open: Some(open) });
             response.headers_mut().insert(CONTENT_TYPE, GRPC);
             response
         }
@@ -137,9 +145,13 @@ fn check_headers(headers: &HeaderMap) -> Result<u64, Refusal> {
     }
 }
 
+fn tonic_body(body: tonic::body::Body) -> FrontBody {
+    FrontBody { kind: Kind::Tonic(body), _open: None }
+}
+
 /// A response that is all trailers. It says what compression is understood, in case that was the reason: none.
 fn failed(status: &Status) -> Response<FrontBody> {
-    let mut response = status.clone().into_http().map(FrontBody::Tonic);
+    let mut response = status.clone().into_http().map(tonic_body);
     response.headers_mut().insert("grpc-accept-encoding", HeaderValue::from_static("identity"));
     response
 }

@@ -24,13 +24,13 @@ const BURST: usize = 256;
 
 /// Accepts items up to the end of the stream. If it breaks off, what was accepted stays accepted.
 pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
-    let mut input = Input::new(hub.clone(), body);
+    let mut input = Input::new(hub.clone(), body, true);
     let mut receipt = SubmitReceipt::default();
     let mut drain = hub.draining.subscribe();
     loop {
         let burst = poll_fn(|cx| {
             for _ in 0..BURST {
-                match input.poll_item(cx, true) {
+                match input.poll_item(cx) {
                     Poll::Ready(Ok(true)) => {}
                     Poll::Ready(end) => return Poll::Ready(end.map(|_| true)),
                     Poll::Pending => return Poll::Pending,

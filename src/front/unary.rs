@@ -39,8 +39,8 @@ pub async fn call(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UnaryBo
 }
 
 async fn offer(hub: &Rc<Hub>, body: Incoming, deadline: u64) -> Result<Waiting, Refusal> {
-    let mut input = Input::new(hub.clone(), body);
-    if !poll_fn(|cx| input.poll_item(cx, false)).await? {
+    let mut input = Input::new(hub.clone(), body, false);
+    if !poll_fn(|cx| input.poll_item(cx)).await? {
         return Err(Refusal::empty());
     }
     let mailbox = Rc::<Mailbox>::default();

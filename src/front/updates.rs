@@ -10,8 +10,8 @@
 //! A frame carries a guard that HTTP/2 drops when it has written the frame to the socket, or has thrown it away because the
 //! stream ended. Which of the two it was shows at the next poll: a stream that was reset is not polled again, its
 //! body is dropped. So a dropped guard only marks its results, the next poll frees them, and dropping the body puts back all
-//! that are not freed. A result may come twice if the connection breaks between the write and that poll; never not
-//! at all.
+//! that are not freed. A result may come twice if the connection breaks between the write and that poll. What was
+//! written and is still in a socket's buffer when the connection breaks is lost with it: gRPC has no receipt for that.
 
 use std::{
     collections::VecDeque,

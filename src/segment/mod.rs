@@ -35,7 +35,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     slice,
     sync::atomic::{
-        AtomicU32, AtomicU64,
+        AtomicBool, AtomicU32, AtomicU64,
         Ordering::{Acquire, Relaxed, Release, SeqCst},
         fence,
     },
@@ -194,7 +194,7 @@ impl SegmentOwner {
     pub fn create(name: &str, geometry: Geometry) -> Result<Self, SegmentError> {
         let layout = Layout::of(geometry)?;
         let io = |what| move |error: io::Error| SegmentError::Io { what, name: name.to_owned(), error };
-        let shmem = loop {
+        let mut shmem = loop {
             match ShmemConf::new().os_id(os_id(name)).size(layout.total as usize).create() {
                 Ok(shmem) => break shmem,
                 Err(ShmemError::MappingIdExists) => remove_stale(name)?,
@@ -202,9 +202,11 @@ impl SegmentOwner {
             }
         };
         let object = shm::open(os_id(name), shm::OFlags::RDWR, Mode::empty()).map_err(|e| io("open")(e.into()))?;
-        flock(&object, FlockOperation::NonBlockingLockExclusive).map_err(|_| in_use(name))?;
-        if fstat(&object).map_err(|e| io("look at")(e.into()))?.st_nlink == 0 {
-            // Another server starting under this name took it for stale before it was locked.
+        // Somebody who inspects it holds the lock for a moment.
+        let locked = (0..3).any(|_| flock(&object, FlockOperation::NonBlockingLockExclusive).is_ok());
+        if !locked || fstat(&object).map_err(|e| io("look at")(e.into()))?.st_nlink == 0 {
+            // Another server that starts under this name took it for stale before it was locked: the name is its own now.
+            shmem.set_owner(false);
             return Err(in_use(name));
         }
         loop {
@@ -389,6 +391,9 @@ pub struct Segment {
     results_at: u64,
     /// The records, looked up once.
     items: *const ItemRecord,
+    /// Whose view this is, and whether the slot's one user has come.
+    slot: Slot,
+    occupied: AtomicBool,
 }
 
 // SAFETY: the mappings belong to the process, not to a thread; everything reachable through them by shared reference is
@@ -444,7 +449,14 @@ impl Segment {
             }
         };
         let items = control.slice::<ItemRecord>(layout.items, layout.geometry.items as usize).as_ptr();
-        Ok(Segment { layout, control, requests, results, results_at, items })
+        Ok(Segment { layout, control, requests, results, results_at, items, slot, occupied: AtomicBool::new(false) })
+    }
+
+    /// Whether the caller is the first to use this view's slot: there is one allocating process for a partition, and one
+    /// allocator in it.
+    pub(crate) fn occupy(&self, slot: Slot) -> bool {
+        // Relaxed: private memory of one process, and nothing is published by it.
+        slot == self.slot && !self.occupied.swap(true, Relaxed)
     }
 
     fn header(&self) -> &Header {
