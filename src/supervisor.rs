@@ -243,6 +243,8 @@ impl Supervisor {
             if stage == Stage::Draining && self.is_empty(|slot| matches!(slot, Slot::Front(_))) {
                 stage = Stage::Stopping;
                 self.enter(stage);
+                // Nobody is replaced any more.
+                self.seats.iter_mut().for_each(|seat| seat.restart_at = None);
             }
             if stage == Stage::Stopping && self.is_empty(|_| true) {
                 return Ok(());
@@ -254,17 +256,13 @@ impl Supervisor {
             }
             for at in 0..self.seats.len() {
                 if self.seats[at].restart_at.is_some_and(|due| due <= now) {
-                    if self.is_needed(self.seats[at].slot, stage) {
-                        match self.spawn(at) {
-                            // No memory or too many processes, for now: what was accepted must not be lost by that.
-                            Err(SupervisorError::Fork(ForkError::Io(error))) => {
-                                tracing::warn!(%error, "cannot fork, trying again");
-                                self.seats[at].restart_at = Some(now + FORK_AGAIN);
-                            }
-                            spawned => spawned?,
+                    match self.spawn(at) {
+                        // No memory or too many processes, for now: what was accepted must not be lost by that.
+                        Err(SupervisorError::Fork(ForkError::Io(error))) => {
+                            tracing::warn!(%error, "cannot fork, trying again");
+                            self.seats[at].restart_at = Some(now + FORK_AGAIN);
                         }
-                    } else {
-                        self.seats[at].restart_at = None;
+                        spawned => spawned?,
                     }
                 }
             }
@@ -290,15 +288,6 @@ impl Supervisor {
     fn enter(&self, stage: Stage) {
         self.segment.set_stage(stage);
         self.bells.ring_all();
-    }
-
-    /// Whether a process that died is replaced: a drain needs all of them until the front is done, and nobody after
-    /// that.
-    fn is_needed(&self, slot: Slot, stage: Stage) -> bool {
-        match stage {
-            Stage::Serving | Stage::Draining => true,
-            Stage::Stopping => matches!(slot, Slot::Supervisor),
-        }
     }
 
     fn is_empty(&self, of: impl Fn(Slot) -> bool) -> bool {
@@ -352,8 +341,8 @@ impl Supervisor {
         let seat = &mut self.seats[at];
         let process = seat.name.as_str();
         let is_front = matches!(slot, Slot::Front(_));
-        if status.success() && (stage == Stage::Stopping || stage == Stage::Draining && is_front) {
-            tracing::debug!(process, pid, "ended");
+        if stage == Stage::Stopping || stage == Stage::Draining && is_front && status.success() {
+            tracing::debug!(process, pid, cause = %cause(status), "ended");
             return Ok(());
         }
         if is_front && status.code() == Some(EXIT_HOPELESS.into()) {

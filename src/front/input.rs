@@ -4,6 +4,7 @@
 //! known. A client that stops in the middle of a message pins that memory for `body_timeout` at most.
 
 use std::{
+    future::poll_fn,
     pin::Pin,
     rc::Rc,
     task::{Context, Poll, ready},
@@ -96,6 +97,22 @@ impl Input {
                         return Poll::Ready(Err(Refusal::body_timeout(self.hub.body_timeout)));
                     }
                     return Poll::Pending;
+                }
+            }
+        }
+    }
+
+    /// The same for a call, which is told when the server drains before it is complete.
+    pub async fn item_of_call(&mut self) -> Result<bool, Refusal> {
+        // As a rule it is there already.
+        match poll_fn(|cx| Poll::Ready(self.poll_item(cx))).await {
+            Poll::Ready(found) => found,
+            Poll::Pending => {
+                let mut draining = self.hub.draining.subscribe();
+                tokio::select! {
+                    biased;
+                    found = poll_fn(|cx| self.poll_item(cx)) => found,
+                    _ = draining.wait_for(|draining| *draining) => Err(Refusal::draining()),
                 }
             }
         }

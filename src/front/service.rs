@@ -158,7 +158,12 @@ fn failed(status: &Status) -> Response<FrontBody> {
 
 async fn updates(hub: Rc<Hub>, body: Incoming) -> Result<UpdatesBody, Status> {
     let timeout = hub.body_timeout;
-    let collected = tokio::time::timeout(timeout, Limited::new(body, SMALL_MESSAGE).collect()).await;
+    let mut draining = hub.draining.subscribe();
+    let collected = tokio::select! {
+        biased;
+        collected = tokio::time::timeout(timeout, Limited::new(body, SMALL_MESSAGE).collect()) => collected,
+        _ = draining.wait_for(|draining| *draining) => return Err(Refusal::draining().status()),
+    };
     let mut message = match collected {
         Err(_) => return Err(Refusal::body_timeout(timeout).status()),
         Ok(Err(error)) => return Err(Refusal::broken(&*error).status()),

@@ -40,7 +40,7 @@ pub async fn call(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UnaryBo
 
 async fn offer(hub: &Rc<Hub>, body: Incoming, deadline: u64) -> Result<Waiting, Refusal> {
     let mut input = Input::new(hub.clone(), body, false);
-    if !poll_fn(|cx| input.poll_item(cx)).await? {
+    if !input.item_of_call().await? {
         return Err(Refusal::empty());
     }
     let mailbox = Rc::<Mailbox>::default();
