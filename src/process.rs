@@ -167,6 +167,17 @@ pub fn dies_with_us(command: &mut Command) -> &mut Command {
     }
 }
 
+/// Makes the allocator keep up to 8 MiB of what was freed. By default glibc returns buffers of more than 128 KiB to the
+/// kernel one by one, and HTTP/2 frames of that size then cost more in page faults than in copies.
+pub fn keep_freed_memory() {
+    #[cfg(target_env = "gnu")]
+    // SAFETY: mallopt may be called at any time; a value it does not like it ignores.
+    unsafe {
+        nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, 4 << 20);
+        nix::libc::mallopt(nix::libc::M_TRIM_THRESHOLD, 8 << 20);
+    }
+}
+
 /// When a process started, in clock ticks since boot: with the pid, its identity.
 pub fn start_time(pid: u32) -> io::Result<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;

@@ -46,6 +46,7 @@ pub fn run(
     pools: Vec<String>,
     config: &Config,
 ) -> io::Result<()> {
+    crate::process::keep_freed_memory();
     let listener = listener.try_clone()?;
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     runtime.block_on(async {

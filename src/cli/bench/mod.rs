@@ -123,6 +123,8 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
     if args.payload > MAX_PAYLOAD {
         return Err(BadUsage(format!("--payload {}: a message holds at most {MAX_PAYLOAD}", args.payload)).into());
     }
+    // As the servers do: the load generator should not be what is measured.
+    crate::process::keep_freed_memory();
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
