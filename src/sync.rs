@@ -1,4 +1,4 @@
-//! What the lock-free code needs of the processor. `tests/loom` compiles that code with another such module, whose
+//! What the lock-free code needs of the processor. `tests/lockfree` compiles that code with another such module, whose
 //! atomics belong to a model checker.
 
 pub(crate) use core::sync::atomic::{AtomicU64, Ordering, fence};

@@ -12,8 +12,12 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use http_body::Body;
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
-use tokio::time::{Sleep, sleep};
+use tokio::{
+    task::spawn_local,
+    time::{Sleep, sleep},
+};
 
 use super::{
     hub::Hub,
@@ -175,10 +179,26 @@ impl Input {
 
     /// Reads nothing more.
     pub fn close(&mut self) {
-        self.body = None;
+        if let Some(body) = self.body.take() {
+            discard(&self.hub, body);
+        }
         self.chunk = Bytes::new();
         self.timeout = None;
     }
+}
+
+/// Reads a body to its end and throws it away, within limits. Dropping one that is still coming would reset its stream,
+/// and HTTP/2 ends a connection with many of those, together with all other streams on it.
+pub fn discard(hub: &Hub, mut body: Incoming) {
+    let (timeout, mut left) = (hub.body_timeout, hub.max_message);
+    spawn_local(tokio::time::timeout(timeout, async move {
+        while let Some(Ok(frame)) = body.frame().await {
+            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
+            if left == 0 {
+                break;
+            }
+        }
+    }));
 }
 
 impl Drop for Input {

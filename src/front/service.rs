@@ -23,6 +23,7 @@ use tower::Service;
 
 use super::{
     hub::{Hub, deadline_after},
+    input::discard,
     process::ProcessBody,
     status::Refusal,
     submit::submit,
@@ -111,10 +112,14 @@ pub async fn answer(
     }
     let deadline = match check_headers(request.headers()) {
         Ok(deadline) => deadline,
-        Err(refusal) => return Ok(failed(&refusal.status())),
+        Err(refusal) => {
+            discard(&hub, request.into_body());
+            return Ok(failed(&refusal.status()));
+        }
     };
     // The connection is about to be told; what is offered now might not be waited for.
     if hub.is_draining() && method != "GetUpdates" {
+        discard(&hub, request.into_body());
         return Ok(failed(&Refusal::draining().status()));
     }
     let answer = match method {
@@ -122,7 +127,11 @@ pub async fn answer(
         "Submit" => submit(hub, request.into_body()).await.map(Kind::Unary),
         "Process" => Ok(Kind::Process(Box::new(ProcessBody::new(hub, request.into_body(), deadline)))),
         "GetUpdates" => updates(hub, request.into_body()).await.map(Kind::Updates),
-        _ => Err(Status::unimplemented(format!("forkring.v1.Dispatcher has no method {method}"))),
+        _ => {
+            let status = Status::unimplemented(format!("forkring.v1.Dispatcher has no method {method}"));
+            discard(&hub, request.into_body());
+            Err(status)
+        }
     };
     Ok(match answer {
         Ok(body) => {

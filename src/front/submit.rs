@@ -58,6 +58,7 @@ pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
             Ok(true) => break,
             Ok(false) => tokio::task::yield_now().await,
             Err(mut refusal) => {
+                input.close();
                 refusal.message = format!("{} ({} items were accepted before)", refusal.message, receipt.accepted);
                 return Err(refusal.status());
             }

@@ -20,7 +20,7 @@ struct Waiting {
     mailbox: Rc<Mailbox>,
     index: u32,
     /// A client that has not half-closed yet must not be reset for that.
-    input: Input,
+    _input: Input,
 }
 
 impl Drop for Waiting {
@@ -40,8 +40,23 @@ pub async fn call(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UnaryBo
 
 async fn offer(hub: &Rc<Hub>, body: Incoming, deadline: u64) -> Result<Waiting, Refusal> {
     let mut input = Input::new(hub.clone(), body, false);
-    if !input.item_of_call().await? {
-        return Err(Refusal::empty());
+    let offered = match input.item_of_call().await {
+        Ok(true) => accept(hub, &mut input, deadline),
+        Ok(false) => Err(Refusal::empty()),
+        Err(refusal) => Err(refusal),
+    };
+    match offered {
+        Ok((mailbox, index)) => Ok(Waiting { hub: hub.clone(), mailbox, index, _input: input }),
+        Err(refusal) => {
+            input.close();
+            Err(refusal)
+        }
+    }
+}
+
+fn accept(hub: &Hub, input: &mut Input, deadline: u64) -> Result<(Rc<Mailbox>, u32), Refusal> {
+    if input.has_more() {
+        return Err(Refusal::two_messages());
     }
     let mailbox = Rc::<Mailbox>::default();
     let (head, request) = input.item();
@@ -50,11 +65,7 @@ async fn offer(hub: &Rc<Hub>, body: Incoming, deadline: u64) -> Result<Waiting, 
         NotOffered::Never(refusal) => refusal,
     })?;
     input.next();
-    let waiting = Waiting { hub: hub.clone(), mailbox, index, input };
-    if waiting.input.has_more() {
-        return Err(Refusal::two_messages());
-    }
-    Ok(waiting)
+    Ok((mailbox, index))
 }
 
 /// One message and the trailers.
