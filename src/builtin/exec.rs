@@ -25,8 +25,8 @@ use crate::{
     process::dies_with_us,
 };
 
-/// Bytes of stderr that are kept.
-const TAIL: usize = 1024;
+/// Bytes of stderr that are kept: what a failure's message has room for behind the rest of it.
+const TAIL: usize = 768;
 /// How often a running program's item is asked whether it was cancelled.
 const CANCEL_CHECK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
 

@@ -61,6 +61,21 @@ impl Default for Request {
     }
 }
 
+impl Request {
+    /// Bytes of payload so far.
+    pub fn len(&self) -> usize {
+        match &self.0 {
+            Place::Inline { len, .. } => *len,
+            Place::Arena { written, .. } => *written,
+        }
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
 /// Why an item was not accepted. All of these pass: the first two when other items complete, the last when a worker comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum OfferError {
@@ -326,6 +341,11 @@ impl<'s> Front<'s> {
                 true
             }
         }
+    }
+
+    /// Bytes of payload that an item was offered with.
+    pub fn payload_len(&self, index: u32) -> u64 {
+        self.segment.item(index).payload_len.load(Relaxed).into()
     }
 
     /// The client's id of an item.

@@ -165,9 +165,10 @@ pub struct Hub {
     room: RefCell<Vec<Waker>>,
     freed: Cell<u64>,
     lane_full: Cell<bool>,
-    /// Submitted items that are not delivered yet, and the bytes of those that are done.
+    /// Submitted items that are not delivered yet, and the bytes of their results; of those that are not done, of their
+    /// payloads, for want of better.
     submitted: Cell<usize>,
-    waiting_bytes: Cell<u64>,
+    outbox_used: Cell<u64>,
     /// Tells offers apart that used the same record.
     offers: Cell<u64>,
     serials: RefCell<Vec<u64>>,
@@ -213,7 +214,7 @@ impl Hub {
             freed: Cell::new(0),
             lane_full: Cell::new(false),
             submitted: Cell::new(0),
-            waiting_bytes: Cell::new(0),
+            outbox_used: Cell::new(0),
             offers: Cell::new(0),
             serials: RefCell::new(vec![0; items]),
             released: Arc::new(Released { items: Mutex::default(), notify: notify.clone() }),
@@ -275,7 +276,9 @@ impl Hub {
 
     /// Offers an item for its subscription.
     pub fn offer_submitted(&self, head: &ItemHead, request: &mut Request) -> Result<(), NotOffered> {
-        if self.submitted.get() >= self.outbox || self.waiting_bytes.get() > self.outbox_bytes {
+        let used = self.outbox_used.get();
+        let is_full = used > 0 && used + request.len() as u64 > self.outbox_bytes;
+        if is_full || self.submitted.get() >= self.outbox {
             return Err(NotOffered::Later(OfferError::Items));
         }
         let index = self.offer(head, request, 0, Kind::Submit, true)?;
@@ -285,6 +288,7 @@ impl Hub {
 
     fn own_submitted(&self, index: u32, subscription: Rc<Subscription>) {
         self.submitted.set(self.submitted.get() + 1);
+        self.outbox_used.set(self.outbox_used.get() + self.front.borrow().payload_len(index));
         subscription.pending.set(subscription.pending.get() + 1);
         self.owners.borrow_mut()[index as usize] = Some(Owner::Subscription(subscription));
     }
@@ -454,7 +458,9 @@ impl Hub {
                 Some(Owner::Rpc(mailbox)) => mailbox.deliver(Ending::Completed(completion)),
                 Some(Owner::Subscription(subscription)) => {
                     subscription.pending.set(subscription.pending.get() - 1);
-                    self.waiting_bytes.set(self.waiting_bytes.get() + completion.len as u64);
+                    let payload = self.front.borrow().payload_len(completion.index);
+                    let others = self.outbox_used.get().saturating_sub(payload);
+                    self.outbox_used.set(others + completion.len as u64);
                     subscription.ready.borrow_mut().push_back(completion);
                     subscription.wake();
                 }
@@ -490,7 +496,7 @@ impl Hub {
     /// The result of a submitted item has been written to its subscriber.
     pub fn release_submitted(&self, completion: &Completion) {
         self.submitted.set(self.submitted.get() - 1);
-        self.waiting_bytes.set(self.waiting_bytes.get() - completion.len as u64);
+        self.outbox_used.set(self.outbox_used.get().saturating_sub(completion.len as u64));
         self.release(completion.index);
     }
 
