@@ -589,8 +589,13 @@ impl<'s> Front<'s> {
         Some(into)
     }
 
-    /// The bytes of a result in the arena, in place. They must not be looked at after [`Front::release`].
-    pub(crate) fn arena_result(&self, completion: &Completion) -> Option<&'s [u8]> {
+    /// The bytes of a result in the arena, in place.
+    pub fn arena_result(&self, completion: &Completion) -> Option<&[u8]> {
+        self.lasting_result(completion)
+    }
+
+    /// The same for whoever sees to it that they are not looked at after [`Front::release`].
+    pub(crate) fn lasting_result(&self, completion: &Completion) -> Option<&'s [u8]> {
         self.segment.read_result(completion.worker, completion.offset, completion.len as u64)
     }
 

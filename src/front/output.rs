@@ -78,13 +78,13 @@ pub fn encode_kept(hub: &Hub, completion: &Completion, out: &mut BytesMut) -> Op
         return None;
     }
     encode_result_prefix(out, &head, payload.len());
-    hub.with_front(|front| front.arena_result(completion))
+    hub.with_front(|front| front.lasting_result(completion))
 }
 
 fn result<'a>(hub: &Hub, completion: &Completion, line: &'a mut [u8; INLINE]) -> &'a [u8] {
     hub.with_front(|front| match front.inline_result(completion, line) {
         Some(bytes) => bytes,
-        None => front.arena_result(completion).unwrap_or_default(),
+        None => front.lasting_result(completion).unwrap_or_default(),
     })
 }
 

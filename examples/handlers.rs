@@ -1,0 +1,182 @@
+//! A tour of what handlers can do, and of what becomes of those that go wrong: one pool for each.
+//!
+//!     cargo run --example handlers
+//!     cargo run --bin forkring -- call crash README.md
+//!
+//! With names as arguments only those pools are served; settings come from a file, as with `forkring serve --config`:
+//!
+//!     cargo run --example handlers -- --config settings.toml fail panic
+
+use std::{
+    fs::OpenOptions,
+    io::{self, Write as _},
+    path::PathBuf,
+    thread,
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use clap::Parser;
+use forkring::{Code, Failure, Handler, Item, Pool, Reply, Server, config::Config};
+
+/// Serve handlers that succeed, fail, panic and crash
+#[derive(Parser)]
+struct Options {
+    /// A TOML file with the server's settings
+    #[arg(long)]
+    config: Option<PathBuf>,
+
+    /// The pools to serve; all of them if none is named
+    pools: Vec<String>,
+}
+
+const POOLS: [&str; 11] =
+    ["fail", "panic", "big", "buffer", "metadata", "remaining", "count", "crash", "always_crash", "cancel", "hold"];
+
+fn pool(name: &str) -> Option<Pool> {
+    Some(match name {
+        "fail" => Pool::new(name, fail),
+        "panic" => Pool::new(name, panic),
+        "big" => Pool::new(name, big),
+        "buffer" => Pool::new(name, buffer),
+        "metadata" => Pool::new(name, metadata),
+        "remaining" => Pool::new(name, remaining),
+        "count" => Pool::with_handler(name, Count::default()),
+        "crash" => Pool::new(name, crash),
+        "always_crash" => Pool::new(name, always_crash),
+        "cancel" => Pool::new(name, cancel),
+        "hold" => Pool::new(name, hold),
+        _ => return None,
+    })
+}
+
+/// Returns an error with a code and a reason of its own. Any other error would be INTERNAL, reason HANDLER_FAILED.
+fn fail(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    match item.payload() {
+        b"" => Err(io::Error::other("an item without a name").into()),
+        row => Err(Failure::new(Code::NotFound, "NO_SUCH_ROW", format_args!("no row `{}`", text(row)?))),
+    }
+}
+
+/// A panic is the item's failure; the worker lives on.
+fn panic(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    panic!("{}", text(item.payload())?)
+}
+
+/// Writes as many bytes as the payload says, piece by piece: too many are the item's failure.
+fn big(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    for _ in 0..number(item)? {
+        reply.write(b"x")?;
+    }
+    Ok(())
+}
+
+/// Lends the memory that the result will be sent from, and fills it in place.
+fn buffer(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    let buffer = reply.buffer(number(item)?)?;
+    for (at, byte) in buffer.iter_mut().enumerate() {
+        *byte = at as u8;
+    }
+    Ok(())
+}
+
+/// Shows what came beside the payload; `Reply` is an `io::Write`.
+fn metadata(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    let mut pairs: Vec<_> = item.all_metadata().collect();
+    pairs.sort_unstable();
+    for (key, value) in pairs {
+        writeln!(reply, "{key}={value}")?;
+    }
+    Ok(())
+}
+
+/// How many milliseconds are left until the item's deadline.
+fn remaining(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    match item.remaining() {
+        Some(left) => write!(reply, "{}", left.as_millis())?,
+        None => write!(reply, "as long as it takes")?,
+    }
+    Ok(())
+}
+
+/// Dies of its item the first time. The item is given to another worker, which sees that it is not the first.
+fn crash(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    if item.attempt() == 1 {
+        std::process::abort();
+    }
+    write!(reply, "attempt {}", item.attempt())?;
+    Ok(())
+}
+
+/// Dies of its item every time, until `max_attempts` have been made: ABORTED, reason WORKER_CRASHED.
+fn always_crash(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    note(item, "journal", &format!("attempt {}", item.attempt()))?;
+    std::process::abort()
+}
+
+/// Works until nobody waits for the result any more, and notes that in the file that the metadata names.
+fn cancel(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    note(item, "journal", "began")?;
+    while !item.is_cancelled() {
+        thread::sleep(Duration::from_millis(1));
+    }
+    note(item, "journal", "cancelled")?;
+    // Either the time is over or the client is gone; in neither case does it matter much what is said.
+    Err(if item.remaining() == Some(Duration::ZERO) { Failure::deadline() } else { Failure::cancelled() })
+}
+
+/// Works until there is a file of the name that the metadata gives, whoever waits, and echoes.
+fn hold(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    note(item, "journal", &format!("{} began in {}", item.id(), std::process::id()))?;
+    if let Some(until) = item.metadata("until") {
+        let until = PathBuf::from(until);
+        while !until.exists() {
+            thread::sleep(Duration::from_millis(1));
+        }
+    }
+    reply.write(item.payload())?;
+    Ok(())
+}
+
+/// A handler with state: each worker has its own, from the moment it was forked.
+#[derive(Default)]
+struct Count {
+    items: u64,
+}
+
+impl Handler for Count {
+    fn handle(&mut self, _: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+        self.items += 1;
+        write!(reply, "{}", self.items)?;
+        Ok(())
+    }
+}
+
+/// Appends a line to the file that the item's metadata names, if any. One write, so that lines do not mix.
+fn note(item: &Item<'_>, key: &str, line: &str) -> io::Result<()> {
+    let Some(path) = item.metadata(key) else { return Ok(()) };
+    OpenOptions::new().create(true).append(true).open(path)?.write_all(format!("{line}\n").as_bytes())
+}
+
+fn number(item: &Item<'_>) -> Result<usize, Failure> {
+    let wrong = |error| Failure::new(Code::InvalidArgument, "NOT_A_NUMBER", error);
+    text(item.payload())?.trim().parse().map_err(wrong)
+}
+
+fn text(bytes: &[u8]) -> Result<&str, Failure> {
+    std::str::from_utf8(bytes).map_err(|error| Failure::new(Code::InvalidArgument, "NOT_TEXT", error))
+}
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).with_ansi(false).init();
+    let config = options.config.as_deref().map_or_else(|| Ok(Config::default()), Config::from_file)?;
+    let mut server = Server::from_config(config)?;
+    let named: Vec<_> = options.pools.iter().map(String::as_str).collect();
+    for name in if named.is_empty() { &POOLS[..] } else { &named } {
+        server = server.pool(pool(name).with_context(|| format!("there is no handler `{name}` here"))?);
+    }
+    let server = server.bind()?;
+    println!("listening on {}", server.local_addr());
+    server.run().context("the server ended badly")
+}

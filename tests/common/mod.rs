@@ -1,0 +1,82 @@
+//! What the integration tests share: servers as programs of their own, with real processes, memory and sockets, and
+//! ways to wait for something instead of some time.
+#![allow(dead_code)] // Each test file uses its own part of it.
+
+pub mod files;
+pub mod processes;
+pub mod program;
+pub mod raw;
+pub mod server;
+
+use std::{
+    fmt::Debug,
+    time::{Duration, Instant},
+};
+
+use forkring::{
+    client::Client,
+    proto::v1::{self, WorkItem, WorkResult},
+};
+use tonic::Code;
+
+#[allow(unused_imports)]
+pub use files::Files;
+pub use server::Server;
+
+/// How long anything may take that will come. Long, so that a slow machine fails nothing; only a defect needs it.
+pub const PATIENCE: Duration = Duration::from_secs(30);
+
+/// Runs a test on a runtime of its own thread, and ends it if it hangs.
+pub fn run(test: impl Future<Output = ()>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+    let ended = runtime.block_on(async { tokio::time::timeout(3 * PATIENCE, test).await });
+    ended.expect("the test hangs");
+}
+
+/// Looks until there is what is looked for.
+pub async fn until<T>(what: &str, mut look: impl FnMut() -> Option<T>) -> T {
+    let begin = Instant::now();
+    loop {
+        if let Some(found) = look() {
+            return found;
+        }
+        assert!(begin.elapsed() < PATIENCE, "waited {PATIENCE:?} for {what}");
+        tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// What must come, comes in good time.
+pub async fn soon<T>(what: &str, future: impl Future<Output = T>) -> T {
+    match tokio::time::timeout(PATIENCE, future).await {
+        Ok(value) => value,
+        Err(_) => panic!("waited {PATIENCE:?} for {what}"),
+    }
+}
+
+/// Code, reason and message of a refused call.
+pub fn refusal<T: Debug>(answer: Result<T, tonic::Status>) -> (Code, String, String) {
+    let status = answer.expect_err("this must be refused");
+    let v1::Status { reason, message, .. } = v1::Status::from(&status);
+    (status.code(), reason, message)
+}
+
+/// The same of a result on a stream.
+pub fn failure(result: WorkResult) -> (Code, String, String) {
+    let v1::Status { code, reason, message } = result.outcome().expect_err("this must have failed");
+    (Code::from_i32(code), reason, message)
+}
+
+/// Asserts that something was refused with this code and reason, and that the message says this.
+#[track_caller]
+pub fn assert_refused((code, reason, message): (Code, String, String), wanted: (Code, &str), says: &str) {
+    assert_eq!((code, reason.as_str()), wanted, "{message}");
+    assert!(message.contains(says), "`{message}` does not say `{says}`");
+    assert!(!message.contains('\n'), "`{message}` is more than a line");
+}
+
+/// A server answers: whatever was done to it before did no harm.
+pub async fn assert_serves(client: &Client, pool: &str) {
+    let echo = soon("an answer", client.call(WorkItem::new(pool, "still there?").with_id(7))).await;
+    let echo = echo.expect("a server that serves");
+    assert_eq!((echo.id, &echo.payload[..]), (7, &b"still there?"[..]));
+}

@@ -1,0 +1,48 @@
+//! Facts about processes, from `/proc`.
+
+use std::fs;
+
+use nix::{
+    sys::signal::{Signal, kill},
+    unistd::Pid,
+};
+
+/// A process.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Process {
+    pub pid: i32,
+    pub name: String,
+    parent: i32,
+}
+
+/// The processes that live; a zombie does not.
+fn all() -> Vec<Process> {
+    let pids = fs::read_dir("/proc").expect("/proc").filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok());
+    pids.filter_map(look).collect()
+}
+
+fn look(pid: i32) -> Option<Process> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // PID (NAME) STATE PARENT …, and the name may contain anything.
+    let (head, tail) = stat.rsplit_once(')')?;
+    let mut fields = tail.split_whitespace();
+    let state = fields.next()?;
+    let parent = fields.next()?.parse().ok()?;
+    let name = head.split_once('(')?.1.to_owned();
+    (!["Z", "X"].contains(&state)).then_some(Process { pid, name, parent })
+}
+
+/// The living children of a process.
+pub fn children(pid: i32) -> Vec<Process> {
+    all().into_iter().filter(|process| process.parent == pid).collect()
+}
+
+/// Whether there is such a process and it is not a zombie.
+pub fn is_alive(pid: i32) -> bool {
+    look(pid).is_some()
+}
+
+/// Sends a signal to a process that is known to be there.
+pub fn signal(pid: i32, signal: Signal) {
+    kill(Pid::from_raw(pid), signal).expect("the process is there");
+}

@@ -1,0 +1,362 @@
+//! The end of a server: what was accepted is finished and sent, nothing new is taken, and nobody can hold it up for
+//! longer than the grace period.
+
+mod common;
+
+use common::{
+    Files, Server, assert_refused, assert_serves,
+    processes::signal,
+    raw::{Raw, framed},
+    refusal, run,
+    server::{serve_command, unique_name},
+    soon, until,
+};
+use forkring::proto::v1::{GetUpdatesRequest, WorkItem};
+use h2::client::Builder;
+use nix::sys::signal::Signal;
+use tokio::{io::AsyncWriteExt as _, net::TcpStream, sync::mpsc};
+use tokio_stream::wrappers::ReceiverStream;
+use tonic::Code;
+
+#[test]
+fn calls_that_were_accepted_are_answered() {
+    run(async {
+        for by in [Signal::SIGTERM, Signal::SIGINT] {
+            let files = Files::new();
+            let mut server = Server::handlers(&["hold"], "").await;
+            let client = server.client().await;
+            // One at work, and more than one waiting, large and small.
+            let calls: Vec<_> = (1..=4)
+                .map(|id| {
+                    let (client, mut item) = (client.clone(), files.holding(id, "go"));
+                    item.payload = vec![id as u8; 100_000 * (id as usize % 2)].into();
+                    tokio::spawn(async move { client.call(item).await })
+                })
+                .collect();
+            // One that comes when all of them have been read.
+            Raw::connect(&server).await.settled().await;
+            files.began(1).await;
+            let family = server.family(1).await;
+            server.signal(by);
+            server.logged("draining").await;
+            files.make("go");
+            for (id, call) in (1..).zip(calls) {
+                match soon("an answer", call).await.expect("a task") {
+                    Ok(result) => assert_eq!((result.id, result.payload.len()), (id, 100_000 * (id as usize % 2))),
+                    // The first of them at least was accepted.
+                    Err(status) => assert!(id > 1 && status.code() == Code::Unavailable, "{status}"),
+                }
+            }
+            let status = server.ended().await;
+            server.assert_drained(status, &family);
+        }
+    });
+}
+
+#[test]
+fn streams_finish_what_was_accepted_and_then_say_why_they_end() {
+    run(async {
+        let files = Files::new();
+        let mut server = Server::handlers(&["hold"], "").await;
+        let client = server.client().await;
+        let family = server.family(1).await;
+        let (items, stream) = mpsc::channel(4);
+        let mut results = client.process(ReceiverStream::new(stream)).await.expect("a stream");
+        items.send(files.holding(1, "go")).await.expect("an open stream");
+        let (submitted, stream) = mpsc::channel(4);
+        let submitting = tokio::spawn({
+            let client = client.clone();
+            async move { client.submit(ReceiverStream::new(stream)).await }
+        });
+        let mut updates = soon("a stream", client.updates("mine", 0)).await.expect("a stream");
+        files.began(1).await;
+        for id in [2, 3] {
+            submitted.send(files.holding(id, "go").with_subscription("mine")).await.expect("an open stream");
+        }
+        // Known to be accepted, because it is the third of them: one worker takes the items in their order.
+        let mut raw = Raw::connect(&server).await;
+        raw.settled().await;
+
+        server.signal(Signal::SIGTERM);
+        server.logged("draining").await;
+        let refused = refusal(soon("the receipt", submitting).await.expect("a task"));
+        assert_refused(refused, (Code::Unavailable, "DRAINING"), "(2 items were accepted before)");
+        files.make("go");
+        let result = soon("a result", results.message()).await.expect("a stream").expect("a result");
+        assert_eq!(result.id, 1);
+        let wanted = (Code::Unavailable, "DRAINING");
+        assert_refused(refusal(soon("the end", results.message()).await), wanted, "shutting down");
+        for id in [2, 3] {
+            let result = soon("an update", updates.message()).await.expect("a stream").expect("an update");
+            assert_eq!(result.id, id);
+        }
+        assert_eq!(soon("the end", updates.message()).await.expect("a good end"), None);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        drop((items, submitted));
+    });
+}
+
+#[test]
+fn streams_in_which_nothing_happens_end_too() {
+    run(async {
+        let mut server = Server::serve(&["--pool", "echo=echo"]).await;
+        let client = server.client().await;
+        let family = server.family(1).await;
+        let (items, stream) = mpsc::channel(4);
+        let mut used = client.process(ReceiverStream::new(stream)).await.expect("a stream");
+        items.send(WorkItem::new("echo", "x")).await.expect("an open stream");
+        soon("a result", used.message()).await.expect("a stream").expect("a result");
+        let (unused_items, stream) = mpsc::channel(4);
+        let mut unused = client.process(ReceiverStream::new(stream)).await.expect("a stream");
+        let mut updates = soon("a stream", client.updates("mine", 0)).await.expect("a stream");
+        server.signal(Signal::SIGTERM);
+        for results in [&mut used, &mut unused] {
+            let wanted = (Code::Unavailable, "DRAINING");
+            assert_refused(refusal(soon("the end", results.message()).await), wanted, "shutting down");
+        }
+        assert_eq!(soon("the end", updates.message()).await.expect("a good end"), None);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        drop((items, unused_items));
+    });
+}
+
+#[test]
+fn submitted_items_are_finished_though_nobody_fetches_them() {
+    run(async {
+        let files = Files::new();
+        let mut server = Server::handlers(&["hold"], "").await;
+        let client = server.client().await;
+        let family = server.family(1).await;
+        let items: Vec<_> = (1..=5).map(|id| files.holding(id, "go")).collect();
+        assert_eq!(client.submit(tokio_stream::iter(items)).await.expect("a receipt").accepted, 5);
+        files.began(1).await;
+        server.signal(Signal::SIGTERM);
+        server.logged("draining").await;
+        files.make("go");
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        assert_eq!(files.lines("journal").len(), 5, "each of them ran");
+        server.logged("results=5").await;
+    });
+}
+
+#[test]
+fn nothing_new_is_taken() {
+    run(async {
+        let files = Files::new();
+        let mut server = Server::handlers(&["hold"], "").await;
+        let client = server.client().await;
+        let family = server.family(1).await;
+        let held = tokio::spawn({
+            let (client, item) = (client.clone(), files.holding(1, "go"));
+            async move { client.call(item).await }
+        });
+        files.began(1).await;
+        // A call of which the server has only a part, and which thereby is not accepted.
+        let mut raw = Raw::connect(&server).await;
+        let mut half = raw.begin("Call", &[]).await;
+        half.body.send_data(framed(&WorkItem::new("hold", vec![0; 1000])).slice(..500), false).expect("an open stream");
+        raw.settled().await;
+
+        server.signal(Signal::SIGTERM);
+        server.logged("draining").await;
+        assert_refused(half.answer().await.refusal(), (Code::Unavailable, "DRAINING"), "shutting down");
+        // What clients and balancers wait for: the port does not pretend any more.
+        let connect = || std::net::TcpStream::connect(&server.addr).is_err().then_some(());
+        until("connections to be refused", connect).await;
+        let answer = soon("an answer", client.call(WorkItem::new("hold", "x"))).await;
+        answer.expect_err("neither a new connection nor a new stream on the old one");
+        files.make("go");
+        soon("an answer", held).await.expect("a task").expect("a result");
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        assert_eq!(files.lines("journal").len(), 1);
+    });
+}
+
+#[test]
+fn clients_that_say_nothing_cannot_hold_it_up() {
+    run(async {
+        // Less than any of the patience that the server has with such clients.
+        let mut server = Server::serve(&["--pool", "echo=echo", "--grace", "8s", "--body-timeout", "1h"]).await;
+        let silent = TcpStream::connect(&server.addr).await.expect("a connection");
+        let mut hesitant = TcpStream::connect(&server.addr).await.expect("a connection");
+        hesitant.write_all(b"PRI * HTTP").await.expect("room in the socket");
+        let mut idle = TcpStream::connect(&server.addr).await.expect("a connection");
+        idle.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.expect("room in the socket");
+        let mut raw = Raw::connect(&server).await;
+        let mut halves = Vec::new();
+        for method in ["Call", "Process", "Submit", "GetUpdates"] {
+            let mut half = raw.begin(method, &[]).await;
+            half.body.send_data("\0\0\0".into(), false).expect("an open stream");
+            halves.push(half);
+        }
+        assert_serves(&server.client().await, "echo").await;
+        let family = server.family(1).await;
+        server.signal(Signal::SIGTERM);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        drop((silent, hesitant, idle, halves));
+    });
+}
+
+#[test]
+fn a_second_signal_ends_it_at_once() {
+    run(async {
+        for (first, second) in [(Signal::SIGTERM, Signal::SIGTERM), (Signal::SIGINT, Signal::SIGTERM)] {
+            let files = Files::new();
+            let mut server = Server::handlers(&["hold"], "grace = '1h'").await;
+            let family = server.family(1).await;
+            let client = server.client().await;
+            let call = tokio::spawn({
+                let item = files.holding(1, "never");
+                async move { client.call(item).await }
+            });
+            files.began(1).await;
+            server.signal(first);
+            server.logged("draining").await;
+            server.signal(second);
+            assert_eq!(server.ended().await.code(), Some(1), "{}", server.log());
+            soon("an answer", call).await.expect("a task").expect_err("nobody is there");
+            server.assert_gone(&family);
+            assert!(!server.segment().exists());
+            server.logged("a second signal").await;
+            server.logged("stopped before the drain was over").await;
+        }
+    });
+}
+
+#[test]
+fn the_grace_period_cuts_it_short() {
+    run(async {
+        let files = Files::new();
+        let mut server = Server::handlers(&["hold"], "grace = '50ms'").await;
+        let family = server.family(1).await;
+        let client = server.client().await;
+        let call = tokio::spawn({
+            let item = files.holding(1, "never");
+            async move { client.call(item).await }
+        });
+        files.began(1).await;
+        server.signal(Signal::SIGTERM);
+        assert_eq!(server.ended().await.code(), Some(1), "{}", server.log());
+        soon("an answer", call).await.expect("a task").expect_err("nobody is there");
+        server.assert_gone(&family);
+        assert!(!server.segment().exists());
+        server.logged("the grace period is over").await;
+    });
+}
+
+#[test]
+fn a_subscriber_that_does_not_read_is_waited_for_no_longer_than_that() {
+    run(async {
+        let mut server = Server::serve(&["--pool", "echo=echo", "--grace", "200ms"]).await;
+        let family = server.family(1).await;
+        let mut raw = Raw::connect_as(&server, Builder::new().initial_window_size(0)).await;
+        let mut deaf = raw.begin("GetUpdates", &[]).await;
+        let request = GetUpdatesRequest::default();
+        deaf.body.send_data(framed(&request), true).expect("an open stream");
+        let response = soon("a response", &mut deaf.response).await.expect("a response");
+        let client = server.client().await;
+        let receipt = client.submit(tokio_stream::iter([WorkItem::new("echo", "x")])).await.expect("a receipt");
+        assert_eq!(receipt.accepted, 1);
+        drop(client);
+        server.signal(Signal::SIGTERM);
+        assert_eq!(server.ended().await.code(), Some(1), "{}", server.log());
+        server.assert_gone(&family);
+        assert!(!server.segment().exists());
+        drop(response);
+    });
+}
+
+#[test]
+fn a_death_during_the_drain_loses_nothing() {
+    run(async {
+        let files = Files::new();
+        let mut server = Server::handlers(&["hold"], "").await;
+        let client = server.client().await;
+        let call = tokio::spawn({
+            let (client, item) = (client.clone(), files.holding(1, "go"));
+            async move { client.call(item).await }
+        });
+        let worker = files.began(1).await[0];
+        server.signal(Signal::SIGTERM);
+        server.logged("draining").await;
+        signal(worker, Signal::SIGKILL);
+        files.began(2).await;
+        let family = server.family(1).await;
+        files.make("go");
+        let result = soon("an answer", call).await.expect("a task").expect("a result");
+        assert_eq!(result.attempts, 2);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+    });
+}
+
+#[test]
+fn submitted_items_outlive_a_front_that_dies_during_the_drain() {
+    run(async {
+        let files = Files::new();
+        let mut server = Server::handlers(&["hold"], "").await;
+        let client = server.client().await;
+        let items: Vec<_> = (1..=3).map(|id| files.holding(id, "go")).collect();
+        assert_eq!(client.submit(tokio_stream::iter(items)).await.expect("a receipt").accepted, 3);
+        files.began(1).await;
+        let front = server.child("front").await;
+        server.signal(Signal::SIGTERM);
+        server.logged("draining").await;
+        signal(front, Signal::SIGKILL);
+        server.successor("front", front).await;
+        let family = server.family(1).await;
+        files.make("go");
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        assert_eq!(files.lines("journal").len(), 3);
+    });
+}
+
+#[test]
+fn signals_are_for_the_supervisor_alone() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let client = server.client().await;
+        let family = server.family(1).await;
+        // As a Ctrl-C on a terminal does, which goes to the whole group.
+        for process in &family {
+            for number in [Signal::SIGINT, Signal::SIGTERM] {
+                signal(process.pid, number);
+            }
+        }
+        for _ in 0..10 {
+            assert_serves(&client, "echo").await;
+        }
+        assert_eq!(server.children(), family);
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_signal_that_comes_early_is_not_lost_and_does_no_harm() {
+    run(async {
+        for _ in 0..10 {
+            let server = Server::serve(&["--pool", "echo:2=echo"]).await;
+            // It listens, and has not forked yet or is about to.
+            server.drain().await;
+        }
+        // Even earlier: from then on that there is a segment to be left behind.
+        for _ in 0..10 {
+            let name = unique_name();
+            let segment = std::path::PathBuf::from(format!("/dev/shm/forkring-{name}"));
+            let mut command = serve_command(&name, &["--pool", "echo=echo"]);
+            command.stdout(std::process::Stdio::null()).stderr(std::process::Stdio::null());
+            let mut server = common::program::Killed::start(&mut command);
+            until("the segment", || segment.exists().then_some(())).await;
+            signal(server.0.id() as i32, Signal::SIGTERM);
+            let status = until("its end", || server.0.try_wait().expect("our child")).await;
+            assert_eq!(status.code(), Some(0));
+            assert!(!segment.exists());
+        }
+    });
+}

@@ -1,0 +1,251 @@
+//! The start of a server: what cannot work is said in one line on stderr with exit code 2, and leaves nothing behind.
+
+mod common;
+
+use std::{fs, net::TcpListener, path::Path, process::Command};
+
+use common::{
+    Files, Server, assert_serves,
+    processes::is_alive,
+    program::{Outcome, finish},
+    run,
+    server::{forkring, serve_command, unique_name},
+    until,
+};
+use nix::sys::signal::Signal;
+
+/// Starts a server that must refuse to start; no segment is left.
+async fn refused(command: Command, name: &str, says: &str) -> Outcome {
+    let outcome = finish(command, b"").await;
+    outcome.assert_failed(2, says);
+    assert_eq!(outcome.text(), "", "it never listened");
+    assert!(!segment(name).exists());
+    outcome
+}
+
+fn segment(name: &str) -> std::path::PathBuf {
+    Path::new("/dev/shm").join(format!("forkring-{name}"))
+}
+
+#[test]
+fn a_flag_that_means_nothing_is_refused() {
+    run(async {
+        let echo = "echo=echo";
+        for (args, says) in [
+            (&["--pool", echo, "--capacitty", "1"][..], "--capacity"),
+            (&["--pool", echo, "--capacity", "many"], "invalid value 'many' for '--capacity"),
+            (&["--pool", echo, "--capacity", "0"], "capacity is 0: choose from 1 to"),
+            (&["--pool", echo, "--arena", "1x"], "`1x` is not a size"),
+            (&["--pool", echo, "--arena", "256KiB"], "raise arena to 576KiB or lower max_message to"),
+            (&["--pool", echo, "--listen", "localhost"], "give IP:PORT"),
+            (&["--pool", echo, "--spin", "on"], "give auto, off, or a duration"),
+            (&["--pool", echo, "--grace", "soon"], "`soon` is not a duration"),
+            (&["--pool", echo, "--workers", "0"], "workers is 0"),
+            (&["--pool", echo, "--name", "a/b"], "`a/b` is not a server name"),
+            (&["--pool", echo, "extra"], "unexpected argument 'extra'"),
+            (&["--pool", "echo"], "give NAME[:WORKERS]=HANDLER"),
+            (&["--pool", "echo:many=echo"], "give NAME[:WORKERS]=HANDLER"),
+            (&["--pool", "a=echo", "--pool", "a=sha256"], "pool a is there twice"),
+            (&["--pool", "a=echoo"], "pool `a`: unknown handler `echoo`"),
+            (&["--pool", "a=sleep:soon"], "`soon` is no duration"),
+            (&["--pool", "a=exec:"], "exec: names no command"),
+            (&["--pool", "a=exec:sh -c 'x"], "quote that is not closed"),
+            (&[], "there is no pool"),
+            (&["--config", "/nonexistent/file.toml"], "cannot read the configuration /nonexistent/file.toml"),
+        ] {
+            let name = unique_name();
+            let mut command = match args.contains(&"--name") {
+                false => serve_command(&name, args),
+                true => serve_command("unused", &[]),
+            };
+            if args.contains(&"--name") {
+                command = forkring();
+                command.arg("serve").args(args);
+            }
+            refused(command, &name, says).await;
+        }
+    });
+}
+
+#[test]
+fn a_variable_that_means_nothing_is_refused_by_its_name() {
+    run(async {
+        for (variable, value, says) in [
+            ("FORKRING_CAPACITY", "many", "(from FORKRING_CAPACITY)"),
+            ("FORKRING_ARENA", "1x", "(from FORKRING_ARENA)"),
+            ("FORKRING_POOLS", "what", "FORKRING_POOLS: `what` is not a pool"),
+            ("FORKRING_LOG", "info=what=", "FORKRING_LOG: "),
+        ] {
+            let name = unique_name();
+            let pool = if variable == "FORKRING_POOLS" { &[][..] } else { &["--pool", "echo=echo"] };
+            let mut command = serve_command(&name, pool);
+            command.env(variable, value);
+            refused(command, &name, says).await;
+        }
+    });
+}
+
+#[test]
+fn a_file_that_means_nothing_is_refused_with_the_place() {
+    run(async {
+        let files = Files::new();
+        for (text, says) in [
+            ("capacity = 100\n  capactiy = 1", "settings.toml:2:3: unknown field `capactiy`"),
+            ("arena = '1x'", "settings.toml:1:9: arena: `1x` is not a size"),
+            ("[[pool]]\nname = 'a'", "settings.toml:1:1: missing field `handler`"),
+            ("[[pool]]\nname = 'a'\nhandler = 'echoo'", "unknown handler `echoo`"),
+            ("not toml", "settings.toml:1:"),
+        ] {
+            fs::write(files.path("settings.toml"), text).expect("a file");
+            let name = unique_name();
+            refused(serve_command(&name, &["--config", &files.name("settings.toml")]), &name, says).await;
+        }
+    });
+}
+
+#[test]
+fn a_file_and_the_environment_serve_as_well_as_flags() {
+    run(async {
+        let files = Files::new();
+        let toml = "body_timeout = '5s'\n[[pool]]\nname = 'a'\nhandler = 'echo'\nworkers = 2\n";
+        fs::write(files.path("settings.toml"), toml).expect("a file");
+        let server = Server::serve(&["--config", &files.name("settings.toml")]).await;
+        assert_serves(&server.client().await, "a").await;
+        server.family(2).await;
+        server.drain().await;
+
+        let name = unique_name();
+        let mut command = serve_command(&name, &["--log", "json"]);
+        command.env("FORKRING_POOLS", "b=echo\nc:2=echo");
+        let server = Server::start(name, command, Files::new()).await;
+        let client = server.client().await;
+        assert_serves(&client, "b").await;
+        assert_serves(&client, "c").await;
+        server.family(3).await;
+        let log = server.drain().await;
+        for line in log.lines() {
+            let line: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
+            assert!(line["level"].is_string() && line["message"].is_string(), "{line}");
+        }
+    });
+}
+
+#[test]
+fn a_busy_port_is_refused() {
+    run(async {
+        let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+        let address = listener.local_addr().expect("an address").to_string();
+        let name = unique_name();
+        let command = serve_command(&name, &["--pool", "echo=echo", "--listen", &address]);
+        refused(command, &name, &format!("cannot listen on {address}: Address already in use")).await;
+        // And one that no interface has.
+        let command = serve_command(&name, &["--pool", "echo=echo", "--listen", "192.0.2.1:1"]);
+        refused(command, &name, "cannot listen on 192.0.2.1:1").await;
+    });
+}
+
+#[test]
+fn the_name_of_a_live_server_is_refused_and_does_it_no_harm() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let outcome = finish(serve_command(&server.name, &["--pool", "echo=echo"]), b"").await;
+        outcome
+            .assert_failed(2, &format!("the name `{}` is in use by a live server (pid {})", server.name, server.pid()));
+        assert!(server.segment().exists());
+        assert_serves(&server.client().await, "echo").await;
+        server.drain().await;
+    });
+}
+
+#[test]
+fn what_a_dead_server_left_is_found_and_removed() {
+    run(async {
+        let mut dead = Server::serve(&["--pool", "echo:2=echo"]).await;
+        let family = dead.family(2).await;
+        dead.signal(Signal::SIGKILL);
+        dead.ended().await;
+        until("the end of all", || family.iter().all(|process| !is_alive(process.pid)).then_some(())).await;
+        assert!(dead.segment().exists());
+
+        let mut command = forkring();
+        command.args(["doctor", "--name", &dead.name]);
+        let outcome = finish(command, b"").await;
+        assert!(outcome.text().contains("1 left behind by servers that are gone"), "{}", outcome.text());
+        assert!(outcome.text().contains(&format!("rm /dev/shm/forkring-{}", dead.name)), "{}", outcome.text());
+
+        let command = serve_command(&dead.name, &["--pool", "echo=echo"]);
+        let server = Server::start(dead.name.clone(), command, Files::new()).await;
+        server.logged("removed the segment that a dead server left behind").await;
+        assert_serves(&server.client().await, "echo").await;
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_name_lives_for_as_long_as_any_of_its_server() {
+    run(async {
+        let files = Files::new();
+        // A program that a worker runs does not count: it has nothing of the segment.
+        let pool = format!("run=exec:sh -c 'echo > {}; exec sleep 1000'", files.name("began"));
+        let mut dead = Server::serve(&["--pool", &pool]).await;
+        let client = dead.client().await;
+        let call = tokio::spawn(async move { client.call(forkring::proto::v1::WorkItem::new("run", "")).await });
+        files.lines_of("began", 1).await;
+        let family = dead.family(1).await;
+        for process in &family {
+            common::processes::signal(process.pid, Signal::SIGSTOP);
+        }
+        // Killed, they are gone although they had been stopped.
+        dead.signal(Signal::SIGKILL);
+        dead.ended().await;
+        until("the end of all", || family.iter().all(|process| !is_alive(process.pid)).then_some(())).await;
+        call.await.expect("a task").expect_err("nobody is there");
+        let command = serve_command(&dead.name, &["--pool", "echo=echo"]);
+        Server::start(dead.name.clone(), command, Files::new()).await.drain().await;
+    });
+}
+
+#[test]
+fn a_file_of_somebody_elses_is_left_alone() {
+    run(async {
+        let name = unique_name();
+        fs::write(segment(&name), [7; 8192]).expect("a file in /dev/shm");
+        let outcome = finish(serve_command(&name, &["--pool", "echo=echo"]), b"").await;
+        let kept = fs::read(segment(&name));
+        let _ = fs::remove_file(segment(&name));
+        outcome.assert_failed(2, "is not a segment of this program");
+        assert_eq!(kept.expect("the file is there still"), [7; 8192]);
+    });
+}
+
+#[test]
+fn more_memory_than_there_is_is_refused_with_how_much_there_is() {
+    run(async {
+        let name = unique_name();
+        // 16 TiB and more, at once, so that no machine has it.
+        let command = serve_command(&name, &["--pool", "echo:256=echo", "--arena", "64GiB"]);
+        let outcome = refused(command, &name, "/dev/shm is too small: the server needs ").await;
+        for says in [" MiB are free", "--shm-size=", "--arena"] {
+            assert!(outcome.stderr.contains(says), "{}", outcome.stderr);
+        }
+    });
+}
+
+#[test]
+fn nobody_need_read_what_it_says() {
+    run(async {
+        let name = unique_name();
+        let mut command = Command::new("sh");
+        // Closed before it starts, as by a shell's `>&-`.
+        command.args(["-c", "exec \"$@\" >&- 2>&-", "sh", env!("CARGO_BIN_EXE_forkring")]);
+        command.args(["serve", "--name", &name, "--pool", "echo=echo", "--listen", "127.0.0.1:0"]);
+        command.args(["--arena", "1MiB", "--max-message", "512KiB", "--workers", "1"]);
+        let mut server = common::program::Killed::start(&mut command);
+        let pid = server.0.id() as i32;
+        until("front and worker", || (common::processes::children(pid).len() == 2).then_some(())).await;
+        common::processes::signal(pid, Signal::SIGTERM);
+        let status = until("its end", || server.0.try_wait().expect("our child")).await;
+        assert_eq!(status.code(), Some(0));
+        assert!(!segment(&name).exists());
+    });
+}
