@@ -184,6 +184,10 @@ impl Input {
         }
         self.chunk = Bytes::new();
         self.timeout = None;
+        // Half a message keeps no memory.
+        self.wanted = None;
+        self.complete = false;
+        self.replace(Request::default());
     }
 }
 

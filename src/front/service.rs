@@ -83,6 +83,10 @@ pub fn routes() -> io::Result<(HealthReporter, Routes)> {
         tonic_reflection::server::Builder::configure()
             .register_encoded_file_descriptor_set(DESCRIPTORS)
             .register_encoded_file_descriptor_set(tonic_health::pb::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_reflection::pb::v1::FILE_DESCRIPTOR_SET)
+            .register_encoded_file_descriptor_set(tonic_reflection::pb::v1alpha::FILE_DESCRIPTOR_SET)
+            // Both of them, not only the one that is asked.
+            .include_reflection_service(false)
     };
     let routes = Routes::new(health)
         .add_service(reflection().build_v1().map_err(io::Error::other)?)

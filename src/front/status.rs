@@ -24,8 +24,12 @@ pub struct Refusal {
     retry: bool,
 }
 
+/// Bytes of a message that are kept: it travels in headers twice over, and clients take 8 KiB of those in all.
+const MESSAGE: usize = 1024;
+
 impl Refusal {
-    fn new(code: Code, reason: &'static str, message: String) -> Self {
+    fn new(code: Code, reason: &'static str, mut message: String) -> Self {
+        message.truncate(message.floor_char_boundary(MESSAGE));
         Refusal { code, reason: reason.into(), message, retry: false }
     }
 
