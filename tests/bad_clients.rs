@@ -172,7 +172,7 @@ fn any_number_of_refusals_leaves_the_connection_as_it_was() {
     run(async {
         let server = Server::serve(&["--pool", "echo=echo", "--max-message", "1KiB", "--arena", "64KiB"]).await;
         let mut frames = Frames::connect(&server).await;
-        for stream in (1..1600).step_by(2) {
+        for stream in (1..2400).step_by(2) {
             frames.call(stream).await;
             // It is answered when its length is known, and the rest of it comes all the same.
             frames.write(DATA, 0, stream, &[0, 0, 1, 0, 0]).await;
@@ -180,9 +180,9 @@ fn any_number_of_refusals_leaves_the_connection_as_it_was() {
             frames.write(DATA, 0, stream, &[0; 100]).await;
             frames.write(DATA, END_STREAM, stream, &[0; 100]).await;
         }
-        frames.call(1601).await;
-        frames.write(DATA, END_STREAM, 1601, &framed(&WorkItem::new("echo", "x"))).await;
-        frames.end_of(1601).await;
+        frames.call(2401).await;
+        frames.write(DATA, END_STREAM, 2401, &framed(&WorkItem::new("echo", "x"))).await;
+        frames.end_of(2401).await;
         server.drain().await;
     });
 }
