@@ -102,9 +102,10 @@ fn two_processes(criterion: &mut Criterion, pair: &mut Pair) {
     group.finish();
 }
 
-/// The time that so many hops take, from one thread to another, on the two cores of the pair.
+/// The time that so many hops take, from one thread to another, on the two cores of the pair, with as many in flight
+/// as there are items.
 fn hops(n: usize) -> Duration {
-    let queue = ArrayQueue::new(1024);
+    let queue = ArrayQueue::new(IN_FLIGHT);
     let [_, theirs] = cores();
     std::thread::scope(|scope| {
         let taker = scope.spawn(|| {

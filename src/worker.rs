@@ -31,13 +31,16 @@ pub fn run(worker: &mut Worker<'_>, handler: &mut dyn Handler, spin: Spin, max_r
     let mut spinner = Spinner::new(spin);
     let mut slept = false;
     let mut was_idle = false;
+    // When the item before was done: that is when this one was claimed, and looking at the clock costs as much as an item.
+    let mut done = None;
     loop {
         if let Some(claimed) = worker.take() {
             worker.chain();
             if was_idle {
-                spinner.busy(claimed.offered, slept);
+                spinner.busy(claimed.offered(), slept);
+                done = None;
             }
-            handle(worker, handler, claimed, max_result);
+            done = Some(handle(worker, handler, claimed, done.unwrap_or_else(now), max_result));
             (slept, was_idle) = (false, false);
         } else if worker.segment().stage() == Stage::Stopping {
             return Ok(());
@@ -74,10 +77,15 @@ fn wait_spinning(worker: &Worker<'_>, spinner: &mut Spinner) -> bool {
     found
 }
 
-/// Handles one item, whatever happens.
-fn handle(worker: &mut Worker<'_>, handler: &mut dyn Handler, claimed: Claimed, max_result: usize) {
-    let began = now();
-    let failed = |worker: &mut Worker<'_>, claimed: Claimed, failure: Failure| {
+/// Handles one item, claimed at `began`, whatever happens. When it was done.
+fn handle<'s>(
+    worker: &mut Worker<'s>,
+    handler: &mut dyn Handler,
+    claimed: Claimed<'s>,
+    began: u64,
+    max_result: usize,
+) -> u64 {
+    let failed = |worker: &mut Worker<'s>, claimed: Claimed<'s>, failure: Failure| {
         let mut reply = worker.reply(&claimed, usize::MAX);
         let text = failure.encode();
         if reply.write(&text).is_err() {
@@ -85,12 +93,14 @@ fn handle(worker: &mut Worker<'_>, handler: &mut dyn Handler, claimed: Claimed, 
             reply.clear();
             let _ = reply.write(&text[..text.len().min(crate::segment::INLINE)]);
         }
-        reply.complete(claimed, failure.code.into(), began, now());
+        let done = now();
+        reply.complete(claimed, failure.code.into(), began, done);
+        done
     };
-    if claimed.deadline != 0 && claimed.deadline <= began {
+    if (1..=began).contains(&claimed.deadline()) {
         return failed(worker, claimed, Failure::deadline());
     }
-    if worker.is_cancelled(&claimed) {
+    if claimed.is_cancelled() {
         return failed(worker, claimed, Failure::cancelled());
     }
     let Some((item, mut reply)) = worker.open(&claimed, max_result) else {
@@ -104,14 +114,18 @@ fn handle(worker: &mut Worker<'_>, handler: &mut dyn Handler, claimed: Claimed, 
     let outcome = panic::catch_unwind(AssertUnwindSafe(|| handler.handle(&item, &mut reply)));
     drop(item);
     match outcome {
-        Ok(Ok(())) => reply.complete(claimed, 0, began, now()),
+        Ok(Ok(())) => {
+            let done = now();
+            reply.complete(claimed, 0, began, done);
+            done
+        }
         Ok(Err(failure)) => {
             drop(reply);
-            failed(worker, claimed, failure);
+            failed(worker, claimed, failure)
         }
         Err(panic) => {
             drop(reply);
-            failed(worker, claimed, Failure::new(Code::Internal, "HANDLER_PANICKED", panic_message(&*panic)));
+            failed(worker, claimed, Failure::new(Code::Internal, "HANDLER_PANICKED", panic_message(&*panic)))
         }
     }
 }

@@ -9,7 +9,7 @@ use super::{Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, wake, w
 use crate::{
     arena::{Block, Memory, Partition, Span, largest_block},
     crash_point::crash_point,
-    ring::{Consumer, Hint},
+    ring::{Consumer, Hint, Lane},
     segment::{INLINE, ItemRecord, PRIORITIES, Segment, Slot},
 };
 
@@ -162,6 +162,7 @@ pub struct Front<'s> {
     /// Last in, first out: the record that was used last is still in the cache.
     free: Vec<u32>,
     arena: Partition,
+    lanes: Vec<Lane<'s>>,
     consumers: Vec<Consumer<'s>>,
     /// The consumer to ask next.
     cursor: usize,
@@ -209,6 +210,7 @@ impl<'s> Front<'s> {
             known: (0..count).map(|_| Known::default()).collect(),
             free: Vec::with_capacity(count as usize),
             arena: Partition::around(geometry.request_bytes, 2 * count, Vec::new()),
+            lanes: (0..lanes(segment)).map(|lane| segment.lane(lane)).collect(),
             consumers: (0..geometry.workers).map(|w| segment.consumer(w as u16, number)).collect(),
             cursor: 0,
             found: Vec::new(),
@@ -307,6 +309,7 @@ impl<'s> Front<'s> {
     }
 
     /// Memory for a payload of so many bytes.
+    #[inline]
     pub fn request(&mut self, len: usize) -> Result<Request, OfferError> {
         if len <= INLINE {
             return Ok(Request(Place::Inline { bytes: [0; INLINE], len: 0 }));
@@ -316,6 +319,7 @@ impl<'s> Front<'s> {
     }
 
     /// Appends bytes to a payload. What goes beyond the announced length is left out.
+    #[inline]
     pub fn write(&self, request: &mut Request, bytes: &[u8]) {
         match &mut request.0 {
             Place::Inline { bytes: place, len } => {
@@ -355,6 +359,7 @@ impl<'s> Front<'s> {
 
     /// Offers an item; its index, once it is accepted. `request` is taken only then. The workers are told by
     /// [`Front::ring`], once for any number of offers.
+    #[inline]
     pub fn offer(&mut self, offer: &Offer<'_>, request: &mut Request) -> Result<u32, OfferError> {
         let &index = self.free.last().ok_or(OfferError::Items)?;
         let record = self.segment.item(index);
@@ -387,7 +392,7 @@ impl<'s> Front<'s> {
         ready.store(&record.word, word);
         crash_point!("offer.ready");
         let hint = Hint { index, generation: ready.generation() };
-        if self.segment.lane(lane.into()).push(hint).is_err() {
+        if self.lanes[usize::from(lane)].push(hint).is_err() {
             // No hint leads to it, so nobody can have claimed it.
             ready.with(Phase::Free, 0).store(&record.word, ready);
             if let Some(block) = extra {
@@ -398,11 +403,12 @@ impl<'s> Front<'s> {
         crash_point!("offer.pushed");
         self.free.pop();
         self.pushed |= 1 << offer.pool;
-        let request = match std::mem::take(request).0 {
-            Place::Inline { .. } => None,
-            Place::Arena { block, .. } => Some(Memory::Own(block)),
-        };
-        *self.known_mut(index) = Known { state: State::Waiting, request, extra: extra.map(Memory::Own) };
+        let known = self.known_mut(index);
+        known.state = State::Waiting;
+        known.extra = extra.map(Memory::Own);
+        if let Place::Arena { block, .. } = std::mem::take(request).0 {
+            known.request = Some(Memory::Own(block));
+        }
         Ok(index)
     }
 
@@ -436,6 +442,7 @@ impl<'s> Front<'s> {
     }
 
     /// Wakes a worker of each pool in which items were offered since the last ring, if one sleeps.
+    #[inline]
     pub fn ring(&mut self) {
         if !self.unhinted.is_empty() {
             self.push_hints();
@@ -471,6 +478,7 @@ impl<'s> Front<'s> {
     }
 
     /// The next completed item, if there is one.
+    #[inline]
     pub fn collect(&mut self) -> Option<Completion> {
         loop {
             let index = match self.found.pop().or_else(|| self.pop()) {
@@ -512,12 +520,21 @@ impl<'s> Front<'s> {
         }
     }
 
+    #[inline]
     fn pop(&mut self) -> Option<u32> {
         for _ in 0..self.consumers.len() {
-            if let Some(index) = self.consumers[self.cursor].pop() {
+            let consumer = &mut self.consumers[self.cursor];
+            if let Some(index) = consumer.pop() {
+                self.segment.fetch(index);
+                if let Some(next) = consumer.peek() {
+                    self.segment.fetch(next);
+                }
                 return Some(index);
             }
-            self.cursor = (self.cursor + 1) % self.consumers.len();
+            self.cursor += 1;
+            if self.cursor == self.consumers.len() {
+                self.cursor = 0;
+            }
         }
         None
     }
@@ -545,20 +562,21 @@ impl<'s> Front<'s> {
 
     /// Pushes hints for items that may have none. Those that do not fit are tried again.
     fn push_hints(&mut self) {
-        let segment = self.segment;
+        let (segment, lanes) = (self.segment, &self.lanes);
         let mut pushed = 0;
         self.unhinted.retain(|&index| {
             let word = Word::load(&segment.item(index).word);
-            if word.phase() != Phase::Ready || u32::from(word.lane()) >= lanes(segment) {
+            let Some(lane) = lanes.get(usize::from(word.lane())).filter(|_| word.phase() == Phase::Ready) else {
                 return false;
-            }
-            let full = segment.lane(word.lane().into()).push(Hint { index, generation: word.generation() }).is_err();
+            };
+            let full = lane.push(Hint { index, generation: word.generation() }).is_err();
             pushed |= 1 << (u32::from(word.lane()) / PRIORITIES);
             full
         });
         self.pushed |= pushed;
     }
 
+    #[inline]
     fn completion(&self, index: u32, record: &ItemRecord, word: Word) -> Completion {
         let len = record.result_len.load(Relaxed) as usize;
         let offset = record.result_offset.load(Relaxed);
@@ -583,6 +601,7 @@ impl<'s> Front<'s> {
     }
 
     /// The bytes of a result that travelled in its record, copied out.
+    #[inline]
     pub fn inline_result<'a>(&self, completion: &Completion, into: &'a mut [u8; INLINE]) -> Option<&'a [u8]> {
         let into = into.get_mut(..completion.len)?;
         self.segment.item(completion.index).result.load(into);
@@ -600,6 +619,7 @@ impl<'s> Front<'s> {
     }
 
     /// Gives up a completed item: its record and its memory may be used again.
+    #[inline]
     pub fn release(&mut self, index: u32) {
         let record = self.segment.item(index);
         let word = Word::load(&record.word);
@@ -649,9 +669,11 @@ impl<'s> Front<'s> {
         }
     }
 
+    #[inline]
     fn forget(&mut self, index: u32) {
-        let known = std::mem::take(self.known_mut(index));
-        for memory in [known.request, known.extra].into_iter().flatten() {
+        let known = &mut self.known[(index - self.first) as usize];
+        known.state = State::Free;
+        for memory in [known.request.take(), known.extra.take()].into_iter().flatten() {
             self.arena.give_back(memory);
         }
         self.free.push(index);

@@ -23,15 +23,17 @@
 mod failure;
 mod front;
 pub mod metadata;
+mod reply;
 mod sweep;
 mod word;
 mod worker;
 
 pub use failure::Failure;
 pub use front::{Adopted, Completion, Front, Kind, Offer, OfferError, Outcome, Request};
+pub use reply::{Reply, ReplyError};
 pub use sweep::{Swept, sweep_front, sweep_worker};
 pub use word::{Phase, SUPERVISOR, Word};
-pub use worker::{Claimed, Item, Reply, ReplyError, Worker};
+pub use worker::{Claimed, Item, Worker};
 
 use std::sync::Arc;
 
@@ -58,6 +60,7 @@ impl Topology {
     }
 
     /// The first worker of a pool and their number.
+    #[inline]
     pub fn workers(&self, pool: u16) -> (u16, u16) {
         self.pools[usize::from(pool)]
     }
@@ -113,6 +116,7 @@ fn ring(bell: &Bell) {
 }
 
 /// Wakes one idle worker of a pool, if there is one. Call it after pushing: it has the waker's fence.
+#[inline]
 pub(crate) fn wake_worker(segment: &Segment, topology: &Topology, bells: &Bells, pool: u16) -> bool {
     let (first, count) = topology.workers(pool);
     match segment.idle(pool).wake_one() {
@@ -125,6 +129,7 @@ pub(crate) fn wake_worker(segment: &Segment, topology: &Topology, bells: &Bells,
 }
 
 /// Wakes a participant if it sleeps at its door. Call it after publishing what it waits for.
+#[inline]
 pub(crate) fn wake(segment: &Segment, bells: &Bells, slot: Slot) {
     if segment.sleeping(slot).wake_one().is_some() {
         match slot {

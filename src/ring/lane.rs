@@ -114,6 +114,7 @@ impl<'a> Lane<'a> {
     }
 
     /// Publishes a hint. The item it points at must already be READY.
+    #[inline]
     pub fn push(&self, hint: Hint) -> Result<(), Full> {
         loop {
             let tail = self.tail.load(Relaxed);
@@ -144,7 +145,14 @@ impl<'a> Lane<'a> {
     ///
     /// `claim` must be the one step that makes the item the caller's: it may be called for the same hint by several
     /// takers, and must say yes to at most one of them.
-    pub fn take(&self, mut claim: impl FnMut(Hint) -> bool) -> Option<Hint> {
+    #[inline]
+    pub fn take(&self, claim: impl FnMut(Hint) -> bool) -> Option<Hint> {
+        self.take_ahead(claim, |_| ())
+    }
+
+    /// The same, and `ahead` is given the hint behind it if there is one already, to fetch what it points at.
+    #[inline]
+    pub fn take_ahead(&self, mut claim: impl FnMut(Hint) -> bool, mut ahead: impl FnMut(Hint)) -> Option<Hint> {
         loop {
             let head = self.head.load(Relaxed);
             let cell = self.cell(head);
@@ -153,8 +161,14 @@ impl<'a> Lane<'a> {
             match self.read(head, seen) {
                 Cell::Empty => return None,
                 Cell::Full(hint) => {
+                    let behind = head.wrapping_add(1);
+                    // Relaxed: good for fetching ahead and no more.
+                    let next = self.cell(behind).load(Relaxed);
                     let claimed = claim(hint);
                     crash_point!("lane.claimed");
+                    if let Cell::Full(hint) = self.read(behind, next) {
+                        ahead(hint);
+                    }
                     // L1: the claim is over before the cell can be used again.
                     let next = self.empty(head.wrapping_add(self.cells.len() as u64));
                     let _ = cell.compare_exchange(seen, next, Release, Relaxed);

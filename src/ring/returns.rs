@@ -61,6 +61,7 @@ impl<'a> Producer<'a> {
     }
 
     /// Publishes an index; false if the ring is full.
+    #[inline]
     pub fn push(&mut self, index: u32) -> bool {
         let capacity = self.entries.len() as u64;
         if self.position.wrapping_sub(self.known_head) >= capacity {
@@ -93,7 +94,16 @@ impl<'a> Consumer<'a> {
         Consumer { head, entries, position: head.load(Relaxed) }
     }
 
+    /// The index that `pop` will give next, if it is there already.
+    #[inline]
+    pub fn peek(&self) -> Option<u32> {
+        // Relaxed: good for fetching ahead what it is about, and no more.
+        let seen = self.entries[slot(self.entries, self.position)].load(Relaxed);
+        is_at(seen, self.position).then_some((seen & INDEX_MASK) as u32)
+    }
+
     /// The next index, if there is one.
+    #[inline]
     pub fn pop(&mut self) -> Option<u32> {
         // R0': the item behind the entry is DONE or newer.
         let seen = self.entries[slot(self.entries, self.position)].load(Acquire);

@@ -15,7 +15,8 @@ use std::sync::atomic::{
 /// Payloads and results up to this many bytes travel in the record.
 pub const INLINE: usize = 64;
 
-/// A cache line of payload.
+/// A cache line of payload. It is copied as a whole and not word by word: what is read in other pieces than it was
+/// written in has to wait for its way through the cache.
 #[derive(Debug)]
 #[repr(C, align(64))]
 pub struct Inline([AtomicU64; INLINE / 8]);
@@ -24,28 +25,20 @@ impl Inline {
     /// Copies up to [`INLINE`] bytes in; what is beyond is left out.
     #[inline]
     pub fn store(&self, bytes: &[u8]) {
-        let mut words = bytes.chunks_exact(8);
-        let mut cells = self.0.iter();
-        for (word, cell) in (&mut words).zip(&mut cells) {
-            cell.store(
-                u64::from_le_bytes([word[0], word[1], word[2], word[3], word[4], word[5], word[6], word[7]]),
-                Relaxed,
-            );
-        }
-        let rest = words.remainder();
-        if let (false, Some(cell)) = (rest.is_empty(), cells.next()) {
-            let mut last = [0; 8];
-            last[..rest.len()].copy_from_slice(rest);
-            cell.store(u64::from_le_bytes(last), Relaxed);
-        }
+        let len = bytes.len().min(INLINE);
+        let line = self.0.as_ptr().cast::<u8>().cast_mut();
+        // SAFETY: `len` bytes are inside both; the atomics may be written through a shared reference, and by the rules
+        // above nobody else looks at the line or writes it now.
+        unsafe { line.copy_from_nonoverlapping(bytes.as_ptr(), len) }
     }
 
     /// Copies the first bytes out, to the length of `into` or [`INLINE`].
     #[inline]
     pub fn load(&self, into: &mut [u8]) {
-        for (chunk, cell) in into.chunks_mut(8).zip(&self.0) {
-            chunk.copy_from_slice(&cell.load(Relaxed).to_le_bytes()[..chunk.len()]);
-        }
+        let len = into.len().min(INLINE);
+        // SAFETY: `len` bytes are inside both, and by the rules above nobody writes the line now. If a process breaks
+        // them the copy has any bytes, and bytes are all that is made of them.
+        unsafe { self.0.as_ptr().cast::<u8>().copy_to_nonoverlapping(into.as_mut_ptr(), len) }
     }
 }
 
