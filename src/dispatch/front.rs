@@ -3,7 +3,10 @@
 //! Free list, request allocator and what is known of each item are private memory, rebuilt from the item table by
 //! [`Front::attach`]: that is how a front's successor takes over.
 
-use std::sync::{Arc, atomic::Ordering::*};
+use std::{
+    cmp::Reverse,
+    sync::{Arc, atomic::Ordering::*},
+};
 
 use super::{Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, wake, wake_worker};
 use crate::{
@@ -228,6 +231,8 @@ impl<'s> Front<'s> {
         if !used.is_empty() {
             front.arena = Partition::around(geometry.request_bytes, 2 * count, used);
         }
+        // The oldest first, as it would have been. Each time is read once: it may change, if a worker runs wild.
+        front.unhinted.sort_by_cached_key(|&index| segment.item(index).offered.load(Relaxed));
         segment.rescan(number).fetch_or(1, Release);
         // What was freed just now a worker may wait for.
         for worker in 0..geometry.workers as u16 {
@@ -558,6 +563,9 @@ impl<'s> Front<'s> {
                 _ => {}
             }
         }
+        // The last is taken first: the one that was done first.
+        let segment = self.segment;
+        self.found.sort_by_cached_key(|&index| Reverse(segment.item(index).done.load(Relaxed)));
     }
 
     /// Pushes hints for items that may have none. Those that do not fit are tried again.
