@@ -54,6 +54,8 @@ pub struct Config {
     pub listen: SocketAddr,
     /// Names the segment, `/dev/shm/forkring-NAME`: one live server a name. Default: `forkring`.
     pub name: String,
+    /// Throw away what a server of this name that died has left, instead of finishing it. Default: no.
+    pub fresh: bool,
     /// How many items may be in the server at a time. Default: 16384.
     pub capacity: u32,
     /// Payload memory of each partition: one for the front's requests, one for each worker's results. Default: 80 MiB.
@@ -88,6 +90,7 @@ impl Default for Config {
         Self {
             listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
             name: "forkring".to_owned(),
+            fresh: false,
             capacity: 16384,
             arena: ByteSize::mib(80),
             max_message: ByteSize::mib(64),
@@ -331,6 +334,7 @@ mod tests {
         let text = r#"
             listen = "[::1]:7000"
             name = "hashes"
+            fresh = true
             capacity = 1000
             arena = "16MiB"
             max_message = 4096
@@ -355,6 +359,7 @@ mod tests {
         let config = Config {
             listen: "[::1]:7000".parse().expect("the test's own address"),
             name: "hashes".to_owned(),
+            fresh: true,
             capacity: 1000,
             arena: ByteSize::mib(16),
             max_message: ByteSize::new(4096),

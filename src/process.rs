@@ -180,10 +180,23 @@ pub fn keep_freed_memory() {
 
 /// When a process started, in clock ticks since boot: with the pid, its identity.
 pub fn start_time(pid: u32) -> io::Result<u64> {
+    state_and_start(pid).map(|(_, start)| start)
+}
+
+/// Whether the process with this pid and start time can still run.
+pub fn lives(pid: u32, start: u64) -> bool {
+    matches!(state_and_start(pid), Ok((state, of)) if of == start && !['Z', 'X'].contains(&state))
+}
+
+fn state_and_start(pid: u32) -> io::Result<(char, u64)> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    // The name, field 2, may contain anything, also `)`: count from the last one. The start time is field 22.
-    let field = stat.rsplit_once(')').and_then(|(_, rest)| rest.split_whitespace().nth(19));
-    field.and_then(|field| field.parse().ok()).ok_or_else(|| io::Error::other("unreadable /proc/PID/stat"))
+    // The name, field 2, may contain anything, also `)`: count from the last one. The state is field 3, the start time 22.
+    let fields = stat.rsplit_once(')').and_then(|(_, rest)| {
+        let mut fields = rest.split_whitespace();
+        let state = fields.next()?.chars().next()?;
+        Some((state, fields.nth(18)?.parse().ok()?))
+    });
+    fields.ok_or_else(|| io::Error::other("unreadable /proc/PID/stat"))
 }
 
 /// Differs after each boot: pids and start times of another boot mean nothing.
@@ -211,6 +224,8 @@ mod tests {
         assert_ne!(boot_id().unwrap(), [0, 0]);
         assert!(cores() > 0);
         assert!(start_time(u32::MAX).is_err());
+        let start = start_time(me).unwrap();
+        assert!(lives(me, start) && !lives(me, start + 1) && !lives(u32::MAX, start));
     }
 
     #[test]

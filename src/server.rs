@@ -120,7 +120,8 @@ impl Server {
         self
     }
 
-    /// The name of the server's shared memory, `/dev/shm/forkring-NAME`. One live server can have it.
+    /// The name of the server's shared memory, `/dev/shm/forkring-NAME`. One live server can have it; what one that died
+    /// had accepted for subscribers, the next of the same name and settings finishes, unless [`Config::fresh`] is set.
     pub fn name(mut self, name: impl Into<String>) -> Self {
         self.config.name = name.into();
         self
@@ -178,7 +179,8 @@ impl Server {
         let address = self.config.listen;
         let listener = listen(address).map_err(|error| ServerError::Listen { address, error })?;
         let address = listener.local_addr().map_err(|error| ServerError::Listen { address, error })?;
-        let owner = SegmentOwner::create(&self.config.name, geometry)?;
+        let shapes: Vec<_> = pools.iter().map(|pool| (pool.name.clone(), pool.workers)).collect();
+        let owner = SegmentOwner::take(&self.config.name, geometry, &shapes, self.config.fresh)?;
         let supervisor = Supervisor::new(self.config, pools, listener, owner)?;
         Ok(BoundServer { address, supervisor, signals })
     }

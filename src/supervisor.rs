@@ -34,7 +34,7 @@ use tonic::Code;
 use crate::{
     config::Config,
     crash_point::crash_point,
-    dispatch::{Bells, Failure, Front, Topology, Worker, sweep_front, sweep_worker},
+    dispatch::{self, Bells, Failure, Front, Left, Topology, Worker, sweep_front, sweep_worker},
     front,
     handler::Handler,
     process::{self, Child, ForkError},
@@ -63,7 +63,7 @@ pub enum SupervisorError {
     Io(#[from] io::Error),
     #[error("the front cannot start; its reason is in the line above")]
     Front,
-    #[error("stopped before the drain was over: {left} processes were killed, and items that were in work are lost")]
+    #[error("stopped before the drain was over: {left} processes were killed, and calls that were in work are lost")]
     Killed { left: usize },
 }
 
@@ -134,6 +134,10 @@ impl Supervisor {
         owner: SegmentOwner,
     ) -> Result<Self, SupervisorError> {
         let segment = Segment::attach(owner.object(), owner.name(), Slot::Supervisor)?;
+        if let Some(pid) = owner.left_by() {
+            let Left { pending, done } = dispatch::adopt(&segment)?;
+            tracing::warn!(name = owner.name(), pid, pending, done, "adopted what a dead server left behind");
+        }
         let topology = Topology::new(pools.iter().map(|pool| pool.workers));
         let workers = segment.geometry().workers as u16;
         let bells = Bells::new(1, workers)?;
@@ -155,12 +159,27 @@ impl Supervisor {
     pub fn run(mut self, signals: &Signals) -> Result<(), SupervisorError> {
         let mut result = self.start();
         if result.is_ok() {
+            // From now on there may be something in it that must outlive this process, however it ends.
+            self.owner.disown();
             self.segment.open_gate();
             tracing::info!(name = self.owner.name(), workers = self.seats.len() - 1, "serving");
             result = self.supervise(signals);
         }
         // After a drain nobody is left; after an error or a second signal this is the end of them.
         let left = self.kill_all();
+        let Left { pending, done } = Left::of(&self.segment);
+        // A drain has seen to all that was pending, and to the results for which there were subscribers.
+        if pending > 0 || done > 0 && (result.is_err() || left > 0) {
+            let name = self.owner.name();
+            tracing::warn!(
+                name,
+                pending,
+                done,
+                "submitted items stay in shared memory: serve this name again to finish them"
+            );
+        } else {
+            self.owner.own();
+        }
         result?;
         if left > 0 { Err(SupervisorError::Killed { left }) } else { Ok(()) }
     }

@@ -266,8 +266,15 @@ fn a_subscriber_that_does_not_read_is_waited_for_no_longer_than_that() {
         server.signal(Signal::SIGTERM);
         assert_eq!(server.ended().await.code(), Some(1), "{}", server.log());
         server.assert_gone(&family);
-        assert!(!server.segment().exists());
         drop(response);
+        // What it did not take is the next server's to deliver.
+        let left = server.leave();
+        let command = serve_command(&left.name, &["--pool", "echo=echo"]);
+        let next = Server::start(left.name.clone(), command, Files::new()).await;
+        let mut updates = soon("a stream", next.client().await.updates("", 1)).await.expect("a stream");
+        let result = soon("an update", updates.message()).await.expect("a stream").expect("an update");
+        assert_eq!(&result.payload[..], b"x");
+        next.drain().await;
     });
 }
 

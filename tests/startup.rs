@@ -158,7 +158,7 @@ fn the_name_of_a_live_server_is_refused_and_does_it_no_harm() {
 }
 
 #[test]
-fn what_a_dead_server_left_is_found_and_removed() {
+fn what_a_dead_server_left_is_found_and_taken_over() {
     run(async {
         let mut dead = Server::serve(&["--pool", "echo:2=echo"]).await;
         let family = dead.family(2).await;
@@ -173,9 +173,9 @@ fn what_a_dead_server_left_is_found_and_removed() {
         assert!(outcome.text().contains("1 left behind by servers that are gone"), "{}", outcome.text());
         assert!(outcome.text().contains(&format!("rm /dev/shm/forkring-{}", dead.name)), "{}", outcome.text());
 
-        let command = serve_command(&dead.name, &["--pool", "echo=echo"]);
+        let command = serve_command(&dead.name, &["--pool", "echo:2=echo"]);
         let server = Server::start(dead.name.clone(), command, Files::new()).await;
-        server.logged("removed the segment that a dead server left behind").await;
+        server.logged("adopted what a dead server left behind").await;
         assert_serves(&server.client().await, "echo").await;
         server.drain().await;
     });
@@ -200,7 +200,7 @@ fn a_name_lives_for_as_long_as_any_of_its_server() {
         dead.ended().await;
         until("the end of all", || family.iter().all(|process| !is_alive(process.pid)).then_some(())).await;
         call.await.expect("a task").expect_err("nobody is there");
-        let command = serve_command(&dead.name, &["--pool", "echo=echo"]);
+        let command = serve_command(&dead.name, &["--pool", &pool]);
         Server::start(dead.name.clone(), command, Files::new()).await.drain().await;
     });
 }

@@ -255,7 +255,8 @@ fn segments(only: Option<&str>) -> Check {
     let bytes = stale.iter().map(|segment| segment.bytes).sum();
     let paths = stale.iter().map(|segment| segment.path.display().to_string()).collect::<Vec<_>>().join(" ");
     let detail = format!("{servers}, {} left behind by servers that are gone ({})", stale.len(), mib(bytes));
-    Check::warn(name, detail, format!("start the server of that name again, or rm {paths}"))
+    let fix = "start the server of that name as it was started to finish what it had accepted";
+    Check::warn(name, detail, format!("{fix}, or with --fresh to throw that away; or rm {paths}"))
 }
 
 /// A segment whose server is dead.

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use clap::builder::BoolishValueParser;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tracing_subscriber::EnvFilter;
 
@@ -49,7 +50,8 @@ A file has the same options, with _ for -, and a table for each pool:
 
 A flag beats its environment variable, which beats the file; --pool and FORKRING_POOLS replace all of the file's pools.
 FORKRING_LOG chooses the log lines: error, warn, info (the default), debug, trace.
-SIGTERM and SIGINT drain: what was accepted is finished; a second one ends at once.")]
+SIGTERM and SIGINT drain: what was accepted is finished; a second one ends at once.
+What a server that was killed had accepted for subscribers, the next of its name and settings finishes (or see --fresh).")]
 pub struct ServeArgs {
     /// Where to serve gRPC; port 0 takes a free one [default: 127.0.0.1:50051]
     #[arg(long, env = "FORKRING_LISTEN", value_name = "IP:PORT", value_parser = parse_listen)]
@@ -58,6 +60,11 @@ pub struct ServeArgs {
     /// Name of the server and its segment, /dev/shm/forkring-NAME [default: forkring]
     #[arg(long, env = "FORKRING_NAME")]
     name: Option<String>,
+
+    /// Throw away what a server of this name that died has left, instead of finishing it
+    #[arg(long, env = "FORKRING_FRESH", value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    fresh: Option<bool>,
 
     /// A pool of workers and what they run; repeatable [env: FORKRING_POOLS, one pool a line]
     #[arg(long, value_name = "NAME[:WORKERS]=HANDLER")]
@@ -136,6 +143,7 @@ impl ServeArgs {
         let mut config = self.config.as_deref().map_or_else(|| Ok(Config::default()), Config::from_file)?;
         lay(self.listen, &mut config.listen);
         lay(self.name, &mut config.name);
+        lay(self.fresh, &mut config.fresh);
         lay(self.workers, &mut config.workers);
         lay(self.capacity, &mut config.capacity);
         lay(self.arena, &mut config.arena);
@@ -228,6 +236,7 @@ mod tests {
         let wanted = Config {
             listen: "[::1]:1".parse().expect("the test's own address"),
             name: "n".into(),
+            fresh: true,
             capacity: 7,
             arena: ByteSize::mib(2),
             max_message: ByteSize::mib(1),
@@ -244,6 +253,7 @@ mod tests {
         let args = ServeArgs {
             listen: Some(wanted.listen),
             name: Some(wanted.name.clone()),
+            fresh: Some(true),
             pool: wanted.pools.clone(),
             workers: Some(5),
             capacity: Some(7),

@@ -20,6 +20,7 @@
 //! | result | the claiming worker; the supervisor after the worker's death | CLAIMED (before DONE is stored) |
 //! | word | see [`Word`] | |
 
+mod adopt;
 mod failure;
 mod front;
 pub mod metadata;
@@ -28,6 +29,7 @@ mod sweep;
 mod word;
 mod worker;
 
+pub use adopt::{Left, adopt};
 pub use failure::Failure;
 pub use front::{Adopted, Completion, Front, Kind, Offer, OfferError, Outcome, Request};
 pub use reply::{Reply, ReplyError};

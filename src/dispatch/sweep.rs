@@ -10,7 +10,7 @@ use super::{Bells, Failure, Phase, SUPERVISOR, Topology, Word, front, lanes};
 use crate::{
     crash_point::crash_point,
     ring::Hint,
-    segment::{INLINE, Segment},
+    segment::{INLINE, ItemRecord, Segment},
 };
 
 /// What a sweep found.
@@ -46,19 +46,7 @@ pub fn sweep_worker(
         // A worker that scribbled over the word must not take the supervisor along.
         let is_broken = u32::from(word.lane()) >= lanes(segment);
         if is_broken || cancelled || u32::from(word.attempts()) + 1 >= max_attempts {
-            let mut text = failure.encode();
-            text.truncate(INLINE);
-            record.result.store(&text);
-            record.result_len.store(text.len() as u32, Relaxed);
-            record.code.store(failure.code.into(), Relaxed);
-            let now = crate::process::now();
-            record.claimed.store(now, Relaxed);
-            record.done.store(now, Relaxed);
-            crash_point!("sweep.written");
-            let done =
-                Word::new(word.generation(), word.lane(), SUPERVISOR, Phase::Done, word.attempts().saturating_add(1));
-            done.store(&record.word, word);
-            crash_point!("sweep.done");
+            fail(record, word, failure);
             swept.failed += 1;
         } else {
             let ready = word.requeued();
@@ -78,6 +66,22 @@ pub fn sweep_worker(
     }
     bells.ring_all();
     swept
+}
+
+/// Completes an item with a failure, in a dead worker's stead.
+pub(super) fn fail(record: &ItemRecord, word: Word, failure: &Failure) {
+    let mut text = failure.encode();
+    text.truncate(INLINE);
+    record.result.store(&text);
+    record.result_len.store(text.len() as u32, Relaxed);
+    record.code.store(failure.code.into(), Relaxed);
+    let now = crate::process::now();
+    record.claimed.store(now, Relaxed);
+    record.done.store(now, Relaxed);
+    crash_point!("sweep.written");
+    let done = Word::new(word.generation(), word.lane(), SUPERVISOR, Phase::Done, word.attempts().saturating_add(1));
+    done.store(&record.word, word);
+    crash_point!("sweep.done");
 }
 
 /// Cleans up after a dead front: hints of its items may be missing, which its successor mends in

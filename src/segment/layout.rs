@@ -4,6 +4,8 @@
 //! the segment again after it has attached. Fields that different processes write do not share a 128-byte block (two
 //! lines: the adjacent-line prefetcher moves them in pairs).
 
+use std::ops::Range;
+
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::SegmentError;
@@ -62,6 +64,7 @@ pub enum Slot {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Layout {
     pub(super) geometry: Geometry,
+    pub(super) pools: u64,
     pub(super) registry: u64,
     pub(super) doorbells: u64,
     pub(super) idle: u64,
@@ -111,6 +114,7 @@ impl Layout {
         let return_stride = BLOCK + Self::return_entries_of(items) * 8;
         let request_bytes = request_bytes.next_multiple_of(PAGE);
         let result_bytes = result_bytes.next_multiple_of(PAGE);
+        let pool_lines = place(pools * BLOCK, BLOCK);
         let registry = place(participants * BLOCK, BLOCK);
         let doorbells = place(participants * BLOCK, BLOCK);
         let idle = place(pools * BLOCK, BLOCK);
@@ -123,6 +127,7 @@ impl Layout {
         let total = place(0, PAGE);
         Ok(Layout {
             geometry: Geometry { request_bytes, result_bytes, ..geometry },
+            pools: pool_lines,
             registry,
             doorbells,
             idle,
@@ -151,6 +156,7 @@ impl Layout {
     /// A number that differs when the offsets do: two programs that agree on it agree on where things are.
     pub(super) fn hash(&self) -> u64 {
         let parts = [
+            self.pools,
             self.registry,
             self.doorbells,
             self.idle,
@@ -187,6 +193,17 @@ impl Layout {
     /// Bounded, because there is one ring for each worker and front; when it is full the front scans its items.
     fn return_entries_of(items: u64) -> u64 {
         items.next_power_of_two().min(4096)
+    }
+
+    /// The line of a pool.
+    pub(super) fn pool(&self, pool: u64) -> u64 {
+        self.pools + pool * BLOCK
+    }
+
+    /// What is about processes that live: registry, doorbells, bitmaps; and hints: lanes and returns. All of it starts
+    /// as zeros.
+    pub(super) fn processes(&self) -> Range<u64> {
+        self.registry..self.items
     }
 
     pub(super) fn participant(&self, slot: Slot) -> Option<u64> {
@@ -230,6 +247,7 @@ mod tests {
             let participants = 1 + fronts + workers;
             let parts = [
                 (0, PAGE),
+                (layout.pools, pools * BLOCK),
                 (layout.registry, participants * BLOCK),
                 (layout.doorbells, participants * BLOCK),
                 (layout.idle, pools * BLOCK),

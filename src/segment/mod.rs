@@ -6,8 +6,7 @@
 //!   at the start and never a SIGBUS later.
 //! - A process that attached never touches memory outside its views, whatever the segment says: offsets come from a
 //!   private copy of the geometry, which was checked against the size of the object.
-//! - A name belongs to one live server. The creator holds a lock (`flock`) on the object, and its children inherit
-//!   it; the kernel releases it when the last of them is dead, so a lock that can be had is proof of death.
+//! - A name belongs to one live server, and what a dead one left is adopted or refused: see `owner`.
 //!
 //! # Why the views are sound
 //!
@@ -24,15 +23,18 @@
 //! write here after its worker is gone.
 #![allow(unsafe_code)]
 
+mod error;
+mod identity;
+mod inspect;
 mod layout;
+mod owner;
 mod record;
 
 use std::{
     fs::File,
     io,
-    mem::{align_of, size_of},
-    num::NonZeroU32,
-    os::fd::{AsFd, OwnedFd},
+    mem::{align_of, offset_of, size_of},
+    os::fd::AsFd,
     slice,
     sync::atomic::{
         AtomicBool, AtomicU32, AtomicU64,
@@ -47,19 +49,20 @@ use raw_sync::{
     Timeout,
     events::{BusyEvent, EventImpl, EventInit, EventState},
 };
-use rustix::{
-    fs::{FallocateFlags, FlockOperation, Mode, fallocate, flock, fstat, statvfs},
-    io::Errno,
-    shm,
-};
-use shared_memory::{Shmem, ShmemConf, ShmemError};
+use rustix::fs::fstat;
+use zerocopy::FromBytes;
 
+pub use error::SegmentError;
+pub use identity::PoolShape;
+pub use inspect::{SegmentInfo, inspect};
 pub use layout::{
     GRANULE, Geometry, Layout, MAX_FRONTS, MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS, PRIORITIES, Slot,
 };
+pub use owner::SegmentOwner;
 pub use record::{INLINE, Inline, ItemRecord};
 
 use crate::{
+    crash_point::crash_point,
     doorbell::Sleepers,
     process,
     ring::{Consumer, Lane, Producer},
@@ -67,34 +70,9 @@ use crate::{
 use layout::{BLOCK, PAGE};
 
 /// Changes when the meaning of anything in the segment does.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 const MAGIC: u64 = u64::from_le_bytes(*b"forkring");
 const DIRECTORY: &str = "/dev/shm";
-
-/// Why there is no segment.
-#[derive(Debug, thiserror::Error)]
-#[allow(missing_docs)]
-pub enum SegmentError {
-    #[error("a segment cannot have {n} {what}: from 1 to {most} are possible")]
-    Geometry { what: &'static str, n: u64, most: u64 },
-    #[error(
-        "/dev/shm is too small: the server needs {need} MiB of shared memory and {free} of {size} MiB are free. \
-         Give it more (Docker's default is 64 MiB: --shm-size=1g; elsewhere: mount -o remount,size=1g /dev/shm), \
-         or ask for less with --arena and --max-message, --workers or --capacity"
-    )]
-    NoSpace { need: u64, free: u64, size: u64 },
-    #[error(
-        "the name `{name}` is in use by a live server{}. Stop it, or give this one another --name",
-        pid.map(|pid| format!(" (pid {pid})")).unwrap_or_default()
-    )]
-    InUse { name: String, pid: Option<NonZeroU32> },
-    #[error(
-        "/dev/shm/{PREFIX}{name} is not a segment of this program ({why}). Remove it with `rm`, or use another --name"
-    )]
-    Foreign { name: String, why: &'static str },
-    #[error("cannot {what} the segment /dev/shm/{PREFIX}{name}: {error}")]
-    Io { what: &'static str, name: String, error: io::Error },
-}
 
 /// What the names of all our objects in `/dev/shm` start with.
 pub const PREFIX: &str = "forkring-";
@@ -103,7 +81,9 @@ fn os_id(name: &str) -> String {
     format!("/{PREFIX}{name}")
 }
 
-/// The first page. Written by the creator before `magic`, and never again but for the last two fields.
+/// The first page. Written by the creator before `magic`, and never again but for the creator, whom an adopter replaces,
+/// the gate and the last two fields.
+#[derive(FromBytes)]
 #[repr(C)]
 struct Header {
     magic: AtomicU64,
@@ -114,7 +94,7 @@ struct Header {
     layout_hash: AtomicU64,
     counts: [AtomicU32; 4],
     arena_bytes: [AtomicU64; 2],
-    _gap: [AtomicU64; 5],
+    _gap: [AtomicU64; 6],
     /// The start gate, in a block of its own.
     gate: [AtomicU64; 16],
     /// Written by the supervisor, read by all: a [`Stage`].
@@ -123,7 +103,19 @@ struct Header {
     epoch: AtomicU32,
 }
 
-/// How far a server is on its way to the end. It never goes back.
+const _: () = assert!(offset_of!(Header, gate) == BLOCK as usize && offset_of!(Header, stage) == 2 * BLOCK as usize);
+
+impl Header {
+    /// Makes the gate anew: closed, whatever it was. Nobody may be waiting there.
+    fn close_gate(&self) -> io::Result<()> {
+        // SAFETY: the gate's block is 128 bytes of the header, which is mapped for writing; an event needs two of them.
+        unsafe { BusyEvent::new(self.gate.as_ptr().cast_mut().cast(), false) }
+            .map_err(|error| io::Error::other(error.to_string()))?;
+        Ok(())
+    }
+}
+
+/// How far a server is on its way to the end. It never goes back, but for the next server that adopts the segment.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Stage {
@@ -173,6 +165,8 @@ unsafe trait Shared {}
 // SAFETY: all of these are, or are made of, atomics.
 unsafe impl Shared for Header {}
 // SAFETY: as above.
+unsafe impl Shared for identity::PoolLine {}
+// SAFETY: as above.
 unsafe impl Shared for Registration {}
 // SAFETY: as above.
 unsafe impl Shared for Door {}
@@ -180,165 +174,6 @@ unsafe impl Shared for Door {}
 unsafe impl Shared for ItemRecord {}
 // SAFETY: as above.
 unsafe impl Shared for AtomicU64 {}
-
-/// The creator's handle: dropping it removes the segment's name. It hands out the object itself for attaching.
-pub struct SegmentOwner {
-    shmem: Shmem,
-    name: String,
-    object: OwnedFd,
-    layout: Layout,
-}
-
-impl SegmentOwner {
-    /// Makes a segment and reserves all of its memory. One that a dead server left behind is removed first.
-    pub fn create(name: &str, geometry: Geometry) -> Result<Self, SegmentError> {
-        let layout = Layout::of(geometry)?;
-        let io = |what| move |error: io::Error| SegmentError::Io { what, name: name.to_owned(), error };
-        let mut shmem = loop {
-            match ShmemConf::new().os_id(os_id(name)).size(layout.total as usize).create() {
-                Ok(shmem) => break shmem,
-                Err(ShmemError::MappingIdExists) => remove_stale(name)?,
-                Err(error) => return Err(io("create")(io::Error::other(format!("{error:?}")))),
-            }
-        };
-        let object = shm::open(os_id(name), shm::OFlags::RDWR, Mode::empty()).map_err(|e| io("open")(e.into()))?;
-        // Somebody who inspects it holds the lock for a moment.
-        let locked = (0..3).any(|_| flock(&object, FlockOperation::NonBlockingLockExclusive).is_ok());
-        if !locked || fstat(&object).map_err(|e| io("look at")(e.into()))?.st_nlink == 0 {
-            // Another server that starts under this name took it for stale before it was locked: the name is its own now.
-            shmem.set_owner(false);
-            return Err(in_use(name));
-        }
-        loop {
-            match fallocate(&object, FallocateFlags::empty(), 0, layout.total) {
-                Ok(()) => break,
-                Err(Errno::INTR) => {}
-                Err(Errno::NOSPC) => {
-                    let mib = |blocks: u64, size: u64| (blocks * size) >> 20;
-                    let fs = statvfs(DIRECTORY).map_err(|e| io("reserve")(e.into()))?;
-                    let (free, size) = (mib(fs.f_bavail, fs.f_frsize), mib(fs.f_blocks, fs.f_frsize));
-                    return Err(SegmentError::NoSpace { need: layout.total.div_ceil(1 << 20), free, size });
-                }
-                Err(error) => return Err(io("reserve the memory of")(error.into())),
-            }
-        }
-        // SAFETY: the range is exactly the mapping that `shmem` owns.
-        unsafe {
-            rustix::mm::madvise(shmem.as_ptr().cast(), shmem.len(), rustix::mm::Advice::LinuxDontFork)
-                .map_err(|e| io("advise")(e.into()))?;
-        }
-        let owner = SegmentOwner { shmem, name: name.to_owned(), object, layout };
-        owner.format().map_err(io("format"))?;
-        Ok(owner)
-    }
-
-    /// Fills the header in, `magic` last. All else starts as zeros, which `fallocate` gave.
-    fn format(&self) -> io::Result<()> {
-        let control = View::map(&self.object, 0, self.layout.control, Access::Write)?;
-        let header: &Header = control.at(0);
-        let Geometry { items, fronts, workers, pools, request_bytes, result_bytes } = self.layout.geometry;
-        header.abi.store(ABI, Relaxed);
-        header.creator_pid.store(std::process::id(), Relaxed);
-        header.creator_start.store(process::start_time(std::process::id())?, Relaxed);
-        for (word, value) in header.boot_id.iter().zip(process::boot_id()?) {
-            word.store(value, Relaxed);
-        }
-        header.layout_hash.store(self.layout.hash(), Relaxed);
-        for (word, value) in header.counts.iter().zip([items, fronts, workers, pools]) {
-            word.store(value, Relaxed);
-        }
-        for (word, value) in header.arena_bytes.iter().zip([request_bytes, result_bytes]) {
-            word.store(value, Relaxed);
-        }
-        // SAFETY: the gate's block is 128 bytes of the header, which is mapped; an event needs `size_of` of them, two.
-        unsafe { BusyEvent::new(header.gate.as_ptr().cast_mut().cast(), false) }
-            .map_err(|error| io::Error::other(error.to_string()))?;
-        // S0: pairs with S0' in `attach` and `inspect`.
-        header.magic.store(MAGIC, Release);
-        Ok(())
-    }
-
-    /// The object, for [`Segment::attach`].
-    pub fn object(&self) -> &OwnedFd {
-        &self.object
-    }
-
-    /// Where everything is.
-    pub fn layout(&self) -> &Layout {
-        &self.layout
-    }
-
-    /// The server's name.
-    pub fn name(&self) -> &str {
-        &self.name
-    }
-
-    /// For a forked child, first thing: it must never remove its parent's segment.
-    pub fn disown(&mut self) {
-        self.shmem.set_owner(false);
-    }
-}
-
-fn in_use(name: &str) -> SegmentError {
-    SegmentError::InUse { name: name.to_owned(), pid: inspect(name).ok().and_then(|info| info.creator) }
-}
-
-/// Removes a segment whose server is dead; an error if it is not, or if the object is not one of ours.
-fn remove_stale(name: &str) -> Result<(), SegmentError> {
-    let info = match inspect(name) {
-        Err(SegmentError::Io { error, .. }) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
-        info => info?,
-    };
-    if info.alive {
-        return Err(SegmentError::InUse { name: name.to_owned(), pid: info.creator });
-    }
-    tracing::warn!(name, creator = info.creator, "removed the segment that a dead server left behind");
-    match shm::unlink(os_id(name)) {
-        Ok(()) | Err(Errno::NOENT) => Ok(()),
-        Err(error) => Err(SegmentError::Io { what: "remove", name: name.to_owned(), error: error.into() }),
-    }
-}
-
-/// What can be told of a segment from outside.
-#[derive(Clone, Debug)]
-pub struct SegmentInfo {
-    /// Whether its server, or any child of it, lives.
-    pub alive: bool,
-    /// The supervisor's pid, once the header is written.
-    pub creator: Option<NonZeroU32>,
-    /// Bytes of the object.
-    pub size: u64,
-    /// Its ABI version, once the header is written.
-    pub abi: Option<NonZeroU32>,
-}
-
-/// Looks at a segment by name, with a read-only view of its header.
-pub fn inspect(name: &str) -> Result<SegmentInfo, SegmentError> {
-    let io = |what| move |error: io::Error| SegmentError::Io { what, name: name.to_owned(), error };
-    let object = shm::open(os_id(name), shm::OFlags::RDONLY, Mode::empty()).map_err(|e| io("open")(e.into()))?;
-    let alive = match flock(&object, FlockOperation::NonBlockingLockShared) {
-        Ok(()) => false,
-        Err(Errno::WOULDBLOCK) => true,
-        Err(error) => return Err(io("lock")(error.into())),
-    };
-    let size = fstat(&object).map_err(|e| io("look at")(e.into()))?.st_size as u64;
-    let mut info = SegmentInfo { alive, creator: None, size, abi: None };
-    if size >= PAGE {
-        let view = View::map(&object, 0, PAGE, Access::Read).map_err(io("map"))?;
-        let header: &Header = view.at(0);
-        match header.magic.load(Acquire) {
-            // S0': the rest of the header is there.
-            MAGIC => {
-                info.creator = NonZeroU32::new(header.creator_pid.load(Relaxed));
-                info.abi = NonZeroU32::new(header.abi.load(Relaxed));
-            }
-            // Being made, or its maker died before it was.
-            0 => {}
-            _ => return Err(SegmentError::Foreign { name: name.to_owned(), why: "it has another magic number" }),
-        }
-    }
-    Ok(info)
-}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Access {
@@ -414,16 +249,14 @@ impl Segment {
         }
         let view = View::map(object, 0, PAGE, Access::Read).map_err(io("map"))?;
         let header: &Header = view.at(0);
-        // S0': pairs with S0 in `format`.
+        // S0': pairs with S0 in `owner`.
         if header.magic.load(Acquire) != MAGIC {
             return Err(foreign("it has no header"));
         }
         if header.abi.load(Relaxed) != ABI {
             return Err(foreign("it has another ABI version"));
         }
-        let [items, fronts, workers, pools] = [0, 1, 2, 3].map(|i| header.counts[i].load(Relaxed));
-        let [request_bytes, result_bytes] = [0, 1].map(|i| header.arena_bytes[i].load(Relaxed));
-        let layout = Layout::of(Geometry { items, fronts, workers, pools, request_bytes, result_bytes })?;
+        let layout = Layout::of(header.geometry())?;
         if layout.total != size || layout.hash() != header.layout_hash.load(Relaxed) {
             return Err(foreign("it has another layout"));
         }
@@ -617,9 +450,37 @@ impl Segment {
         self.header().epoch.fetch_add(1, Release);
     }
 
+    /// The adopter's, before it forks anybody: all that is about processes, who are dead, and all hints are forgotten, and
+    /// the server is at its beginning. The items stay.
+    pub(crate) fn reset(&self) -> io::Result<()> {
+        let part = self.layout.processes();
+        let words = (part.end - part.start) as usize / size_of::<AtomicU64>();
+        for word in self.control.slice::<AtomicU64>(part.start, words) {
+            word.store(0, Relaxed);
+        }
+        crash_point!("adopt.reset");
+        self.header().close_gate()?;
+        crash_point!("adopt.closed");
+        self.set_stage(Stage::Serving);
+        crash_point!("adopt.staged");
+        Ok(())
+    }
+
+    /// What a process that runs wild may do to all but the items.
+    #[cfg(test)]
+    pub(crate) fn scribble(&self) {
+        let part = self.layout.processes();
+        let words = (part.end - part.start) as usize / size_of::<AtomicU64>();
+        for (at, word) in (0..).zip(self.control.slice::<AtomicU64>(part.start, words)) {
+            word.store(0x9e37_79b9_7f4a_7c15_u64.wrapping_mul(at), Relaxed);
+        }
+        self.header().stage.store(u32::MAX, Relaxed);
+        self.header().gate[0].store(u64::MAX, Relaxed);
+    }
+
     fn gate(&self) -> Box<dyn EventImpl> {
         let gate = self.header().gate.as_ptr().cast_mut().cast();
-        // SAFETY: `format` made an event here. It consists of an atomic byte and one that never changes, so that any
+        // SAFETY: `close_gate` made an event here. It consists of an atomic byte and one that never changes, so that any
         // number of processes may look at it at once; nobody can die holding it, unlike a pthread condition.
         match unsafe { BusyEvent::from_existing(gate) } {
             Ok((event, _)) => event,
@@ -675,6 +536,8 @@ impl Segment {
 
 #[cfg(test)]
 mod tests {
+    use std::num::NonZeroU32;
+
     use super::*;
 
     fn geometry() -> Geometry {
@@ -694,6 +557,9 @@ mod tests {
         assert_eq!(front.geometry(), worker.geometry());
         front.set_liveness(Slot::Worker(1), Liveness::Live(7));
         assert_eq!(worker.liveness(Slot::Worker(1)), Liveness::Live(7));
+        front.set_stage(Stage::Stopping);
+        front.reset().unwrap();
+        assert_eq!((worker.liveness(Slot::Worker(1)), worker.stage()), (Liveness::Free, Stage::Serving));
         assert!(worker.result(1, 0, 1 << 16).is_some());
         assert!(worker.result(0, 0, 1).is_none(), "another worker's partition is not even mapped");
         assert!(worker.result(1, 1, 1 << 16).is_none());
@@ -702,22 +568,6 @@ mod tests {
         assert!(info.alive);
         assert_eq!(info.creator.map(NonZeroU32::get), Some(std::process::id()));
         drop(owner);
-        assert!(inspect(&name).is_err());
-    }
-
-    #[test]
-    fn a_live_name_is_refused_and_a_stale_one_reused() {
-        let name = name("stale");
-        let mut owner = SegmentOwner::create(&name, geometry()).unwrap();
-        let error = SegmentOwner::create(&name, geometry()).err().unwrap();
-        assert!(
-            matches!(error, SegmentError::InUse { pid: Some(pid), .. } if pid.get() == std::process::id()),
-            "{error}"
-        );
-        owner.disown();
-        drop(owner);
-        assert!(!inspect(&name).unwrap().alive);
-        drop(SegmentOwner::create(&name, geometry()).unwrap());
         assert!(inspect(&name).is_err());
     }
 
@@ -736,16 +586,5 @@ mod tests {
         }
         header.magic.store(1, Relaxed);
         assert!(attach().is_some());
-        assert!(matches!(SegmentOwner::create(&name, geometry()), Err(SegmentError::Foreign { .. })));
-    }
-
-    #[test]
-    fn more_than_there_is_says_how_much() {
-        let name = name("huge");
-        let fs = statvfs(DIRECTORY).unwrap();
-        let geometry = Geometry { request_bytes: fs.f_blocks * fs.f_frsize + (1 << 30), ..geometry() };
-        let error = SegmentOwner::create(&name, geometry).err().unwrap();
-        assert!(matches!(error, SegmentError::NoSpace { .. }), "{error}");
-        assert!(inspect(&name).is_err(), "nothing is left behind");
     }
 }

@@ -29,6 +29,25 @@ pub struct Server {
     child: Child,
     output: Files,
     over: bool,
+    left: bool,
+}
+
+/// The segment of a server that was killed. It is removed in the end, whoever had it.
+#[derive(Debug)]
+pub struct Left {
+    pub name: String,
+}
+
+impl Left {
+    pub fn segment(&self) -> PathBuf {
+        Path::new("/dev/shm").join(format!("forkring-{}", self.name))
+    }
+}
+
+impl Drop for Left {
+    fn drop(&mut self) {
+        let _ = fs::remove_file(self.segment());
+    }
 }
 
 /// A name that no other test's server has.
@@ -74,7 +93,12 @@ impl Server {
 
     /// The example `handlers` with these of its pools, one worker each, and `settings` in TOML.
     pub async fn handlers(pools: &[&str], settings: &str) -> Self {
-        let (name, output) = (unique_name(), Files::new());
+        Self::handlers_as(&unique_name(), pools, settings).await
+    }
+
+    /// The same under a name that another server had.
+    pub async fn handlers_as(name: &str, pools: &[&str], settings: &str) -> Self {
+        let (name, output) = (name.to_owned(), Files::new());
         let is_set = |key: &str| settings.lines().any(|line| line.split('=').next().map(str::trim) == Some(key));
         let mut toml = format!("name = '{name}'\nlisten = '127.0.0.1:0'\n");
         for (key, value) in SETTINGS.iter().filter(|(key, _)| !is_set(key)) {
@@ -87,12 +111,26 @@ impl Server {
         Self::start(name, command, output).await
     }
 
+    /// Kills the supervisor, which takes all others along. Nobody waits for them here: that is for whoever comes next.
+    pub async fn kill(mut self) -> Left {
+        self.signal(Signal::SIGKILL);
+        assert_eq!(self.ended().await.code(), None);
+        self.leave()
+    }
+
+    /// What a server that has ended has left.
+    pub fn leave(&mut self) -> Left {
+        assert!(self.over && self.segment().exists(), "there is nothing left of {}", self.name);
+        self.left = true;
+        Left { name: self.name.clone() }
+    }
+
     /// Starts a server that prints `listening on ADDRESS`, and waits for that.
     pub async fn start(name: String, mut command: Command, output: Files) -> Self {
         let file = |name| File::create(output.path(name)).expect("a file for the output");
         command.stdin(Stdio::null()).stdout(file("stdout")).stderr(file("stderr"));
         let child = command.spawn().expect("the program");
-        let mut server = Server { name, addr: String::new(), child, output, over: false };
+        let mut server = Server { name, addr: String::new(), child, output, over: false, left: false };
         server.addr = until("the line `listening on`", || server.listening()).await;
         server
     }
@@ -202,7 +240,9 @@ impl Drop for Server {
             let _ = self.child.kill();
             let _ = self.child.wait();
         }
-        let _ = fs::remove_file(self.segment());
+        if !self.left {
+            let _ = fs::remove_file(self.segment());
+        }
     }
 }
 
