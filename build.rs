@@ -6,7 +6,7 @@ use protox::prost::Message as _;
 
 fn main() -> Result<(), Box<dyn Error>> {
     println!("cargo:rerun-if-changed=proto");
-    let descriptors = protox::compile(["forkring/v1/dispatcher.proto"], ["proto"])?;
+    let descriptors = protox::compile(["forkring/v1/dispatcher.proto", "forkring/v1/admin.proto"], ["proto"])?;
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("cargo sets OUT_DIR")?);
     fs::write(out.join("descriptors.bin"), descriptors.encode_to_vec())?;
     // Payloads as `Bytes`: a message that was read into one buffer is not copied apart again.

@@ -188,7 +188,8 @@ impl Segment {
         true
     }
 
-    /// Looks at a request's bytes: by the front while it owns the item, by a worker that has claimed it.
+    /// Looks at a request's bytes: by the front while it owns the item, by a worker that has claimed it, by the supervisor
+    /// after that worker's death.
     pub(crate) fn read_request(&self, front: u16, offset: u64, len: u64) -> Option<&[u8]> {
         let at = self.request(front, offset, len)?;
         // SAFETY: in bounds and mapped as long as `self`. Not written while the item is claimed: see the module's head.

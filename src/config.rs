@@ -19,13 +19,15 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::segment::{MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS};
+use crate::segment::{MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS, MIN_LETTER_BYTES};
 
 pub use error::ConfigError;
 pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, parse_listen};
 
 /// What a partition may have: the segment's own bounds, as round numbers.
 const ARENAS: RangeInclusive<u64> = 1 << 12..=1 << 36;
+/// What dead letters may have, if any.
+const LETTERS: RangeInclusive<u64> = MIN_LETTER_BYTES..=1 << 36;
 /// The largest message that may be allowed: gRPC counts its bytes in 32 bits, and a result's other fields need room.
 pub const MAX_MESSAGE: u64 = u32::MAX as u64 - (1 << 20);
 /// A longer spin than this is a mistake: it would burn a core for nothing.
@@ -68,6 +70,9 @@ pub struct Config {
     pub workers: u16,
     /// How often an item is given to a worker before workers that die of it are its error. Default: 3.
     pub max_attempts: u8,
+    /// Memory for dead letters: items that killed `max_attempts` workers, until they are requeued or dropped. When it is
+    /// full, the oldest make room. Default: 8 MiB; 0 keeps none.
+    pub dead_letters: ByteSize,
     /// How long a drain may take before it is cut short. Default: 30 s; 0 does not wait.
     #[serde(deserialize_with = "units::duration")]
     pub grace: Duration,
@@ -97,6 +102,7 @@ impl Default for Config {
             spin: Spin::Auto,
             workers: available_cores(),
             max_attempts: 3,
+            dead_letters: ByteSize::mib(8),
             grace: Duration::from_secs(30),
             outbox: None,
             max_connections: 4096,
@@ -188,6 +194,9 @@ impl Config {
         }
         if !ARENAS.contains(&arena) {
             return Err(ConfigError::ArenaBounds(self.arena));
+        }
+        if self.dead_letters.bytes() != 0 && !LETTERS.contains(&self.dead_letters.bytes()) {
+            return Err(ConfigError::DeadLetters(self.dead_letters));
         }
         // An arena hands blocks out in size classes an eighth apart; a block of the largest class must fit.
         let needed = (max_message * 9).div_ceil(8);
@@ -341,6 +350,7 @@ mod tests {
             spin = "50us"
             workers = 3
             max_attempts = 1
+            dead_letters = "64KiB"
             grace = "1m"
             outbox = 10
             max_connections = 7
@@ -366,6 +376,7 @@ mod tests {
             spin: Spin::For(Duration::from_micros(50)),
             workers: 3,
             max_attempts: 1,
+            dead_letters: ByteSize::new(64 << 10),
             grace: Duration::from_secs(60),
             outbox: Some(10),
             max_connections: 7,
@@ -423,6 +434,12 @@ mod tests {
             (refusal(|c| c.arena = ByteSize::mib(72)), "accepted"),
             (refusal(|c| c.arena = ByteSize::new(4095)), "arena is 4095: choose from 4KiB to 64GiB"),
             (refusal(|c| c.arena = ByteSize::mib(1 << 17)), "arena is 128GiB"),
+            (refusal(|c| c.dead_letters = ByteSize::new(0)), "accepted"),
+            (
+                refusal(|c| c.dead_letters = ByteSize::new(65535)),
+                "dead_letters is 65535: choose 0, to keep none, or from 64KiB",
+            ),
+            (refusal(|c| c.dead_letters = ByteSize::mib(1 << 17)), "dead_letters is 128GiB"),
             (refusal(|c| c.spin = Spin::For(Duration::from_secs(2))), "spin is 2s"),
             (refusal(|c| c.body_timeout = Duration::ZERO), "body_timeout is 0"),
             (refusal(|c| c.grace = Duration::ZERO), "accepted"),

@@ -174,6 +174,7 @@ impl Server {
             pools: pools.len() as u32,
             request_bytes: self.config.arena.bytes(),
             result_bytes: self.config.arena.bytes(),
+            letter_bytes: self.config.dead_letters.bytes(),
         };
         let signals = Signals::block().map_err(SupervisorError::Io)?;
         let address = self.config.listen;

@@ -34,7 +34,7 @@ use tonic::Code;
 use crate::{
     config::Config,
     crash_point::crash_point,
-    dispatch::{self, Bells, Failure, Front, Left, Topology, Worker, sweep_front, sweep_worker},
+    dispatch::{self, Bells, DeadLetters, Death, Failure, Front, Left, Topology, Worker, sweep_front, sweep_worker},
     front,
     handler::Handler,
     process::{self, Child, ForkError},
@@ -123,6 +123,7 @@ pub struct Supervisor {
     listener: TcpListener,
     pools: Vec<PoolPlan>,
     seats: Vec<Seat>,
+    letters: DeadLetters,
 }
 
 impl Supervisor {
@@ -152,7 +153,8 @@ impl Supervisor {
         // Workers first, so that the front finds them there.
         let mut seats: Vec<_> = (0..workers).map(|n| seat(Slot::Worker(n), format!("forkring-w{n}"))).collect();
         seats.push(seat(Slot::Front(0), "forkring-front".to_owned()));
-        Ok(Supervisor { config: Arc::new(config), owner, segment, topology, bells, listener, pools, seats })
+        let letters = DeadLetters::new(pools.iter().map(|pool| pool.name.clone()).collect());
+        Ok(Supervisor { config: Arc::new(config), owner, segment, topology, bells, listener, pools, seats, letters })
     }
 
     /// Forks everybody and supervises them until a drain is over.
@@ -168,16 +170,21 @@ impl Supervisor {
         // After a drain nobody is left; after an error or a second signal this is the end of them.
         let left = self.kill_all();
         let Left { pending, done } = Left::of(&self.segment);
+        let letters = self.segment.letter_log().map_or(0, |log| log.count());
         // A drain has seen to all that was pending, and to the results for which there were subscribers.
-        if pending > 0 || done > 0 && (result.is_err() || left > 0) {
+        if pending > 0 || (done > 0 || letters > 0) && (result.is_err() || left > 0) {
             let name = self.owner.name();
             tracing::warn!(
                 name,
                 pending,
                 done,
+                letters,
                 "submitted items stay in shared memory: serve this name again to finish them"
             );
         } else {
+            if letters > 0 {
+                tracing::warn!(letters, "dead letters that were neither requeued nor dropped are gone");
+            }
             self.owner.own();
         }
         result?;
@@ -340,10 +347,10 @@ impl Supervisor {
         // How it died is known before it is reaped, and the failure of its items should say so.
         let status = child.peek()?;
         let swept = match slot {
-            Slot::Worker(number) => {
-                let failure = crashed(status);
+            Slot::Worker(worker) => {
+                let death = Death { worker, pid: child.pid(), status, failure: crashed(status) };
                 let max_attempts = self.config.max_attempts.into();
-                sweep_worker(&self.segment, &self.topology, &self.bells, number, max_attempts, &failure)
+                sweep_worker(&self.segment, &self.topology, &self.bells, &death, max_attempts, &mut self.letters)
             }
             Slot::Front(number) => {
                 sweep_front(&self.segment, &self.bells, number);

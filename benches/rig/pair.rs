@@ -99,7 +99,15 @@ impl Shared {
 /// One item table with one front and one worker, for payloads up to `largest`.
 pub fn geometry(largest: usize) -> Geometry {
     let arena = (4 * largest as u64).max(1 << 20);
-    Geometry { items: 1024, fronts: 1, workers: 1, pools: 1, request_bytes: arena, result_bytes: arena }
+    Geometry {
+        items: 1024,
+        fronts: 1,
+        workers: 1,
+        pools: 1,
+        request_bytes: arena,
+        result_bytes: arena,
+        letter_bytes: 0,
+    }
 }
 
 /// What an item is offered with. The times are not what is measured, so that nobody looks at the clock for them.

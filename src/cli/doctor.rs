@@ -123,6 +123,7 @@ fn segment_size(config: &Config) -> anyhow::Result<u64> {
         pools: 1,
         request_bytes: config.arena.bytes(),
         result_bytes: config.arena.bytes(),
+        letter_bytes: config.dead_letters.bytes(),
     };
     Ok(Layout::of(geometry)?.total())
 }
@@ -335,7 +336,15 @@ mod tests {
     #[test]
     fn a_segment_is_stale_when_its_server_is_dead() {
         let server = format!("doctor-{}", std::process::id());
-        let geometry = Geometry { items: 8, fronts: 1, workers: 1, pools: 1, request_bytes: 4096, result_bytes: 4096 };
+        let geometry = Geometry {
+            items: 8,
+            fronts: 1,
+            workers: 1,
+            pools: 1,
+            request_bytes: 4096,
+            result_bytes: 4096,
+            letter_bytes: 0,
+        };
         let mut owner = segment::SegmentOwner::create(&server, geometry).expect("a segment");
         let (stale, alive) = look(Some(&server)).expect("a look");
         assert_eq!((stale.len(), alive), (0, 1));

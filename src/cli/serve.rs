@@ -102,6 +102,10 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_MAX_ATTEMPTS", value_name = "N")]
     max_attempts: Option<u8>,
 
+    /// Memory for items that killed that many workers, see `forkring dead`; 0 keeps none [default: 8MiB]
+    #[arg(long, env = "FORKRING_DEAD_LETTERS", value_name = "SIZE")]
+    dead_letters: Option<ByteSize>,
+
     /// Submitted items that may be pending or wait for subscribers [default: half the capacity]
     #[arg(long, env = "FORKRING_OUTBOX", value_name = "ITEMS")]
     outbox: Option<u32>,
@@ -151,6 +155,7 @@ impl ServeArgs {
         lay(self.spin, &mut config.spin);
         lay(self.grace, &mut config.grace);
         lay(self.max_attempts, &mut config.max_attempts);
+        lay(self.dead_letters, &mut config.dead_letters);
         lay(self.outbox.map(Some), &mut config.outbox);
         lay(self.max_connections, &mut config.max_connections);
         lay(self.body_timeout, &mut config.body_timeout);
@@ -243,6 +248,7 @@ mod tests {
             spin: Spin::Off,
             workers: 5,
             max_attempts: 9,
+            dead_letters: ByteSize::mib(3),
             grace: Duration::from_secs(1),
             outbox: Some(6),
             max_connections: 8,
@@ -263,6 +269,7 @@ mod tests {
             config: None,
             grace: Some(wanted.grace),
             max_attempts: Some(9),
+            dead_letters: Some(ByteSize::mib(3)),
             outbox: Some(6),
             max_connections: Some(8),
             body_timeout: Some(wanted.body_timeout),

@@ -50,6 +50,9 @@ pub enum ConfigError {
     /// A partition smaller than a page, or larger than can be managed.
     #[error("arena is {0}: choose from 4KiB to 64GiB")]
     ArenaBounds(ByteSize),
+    /// Too little for any letter, or more than can be managed.
+    #[error("dead_letters is {0}: choose 0, to keep none, or from 64KiB to 64GiB")]
+    DeadLetters(ByteSize),
     /// The largest message would not fit the arena.
     #[error(
         "max_message is {max_message}, which needs an arena of {needed}, but arena is {arena}: raise arena to {needed} or lower max_message to {fits}"

@@ -13,13 +13,14 @@
 //! its word, and an adoption that dies in between is made again by the next, which finds less to do.
 //!
 //! An item that a worker had claimed is an attempt the more, like after any death of its worker: its handler may have run.
-//! But it is never failed for that, however many attempts it had: its worker was killed, not by it.
+//! But it is never failed for that, however many attempts it had: its worker was killed, not by it. One that is a dead letter
+//! had its attempts before; the supervisor that filed it died before it could complete it.
 
 use std::io;
 
 use tonic::Code;
 
-use super::{Failure, Phase, Word, front, lanes, sweep};
+use super::{Failure, Phase, Word, front, lanes, letters, sweep};
 use crate::{crash_point::crash_point, segment::Segment};
 
 /// Submitted items in a segment whose server is gone.
@@ -59,6 +60,11 @@ pub fn adopt(segment: &Segment) -> io::Result<Left> {
                 let damaged = Failure::new(Code::Aborted, "WORKER_CRASHED", "the item's record was damaged");
                 sweep::fail(record, word, &damaged);
             }
+            Phase::Claimed if letters::is_filed(segment, index, word) => {
+                let poison =
+                    Failure::new(Code::Aborted, "WORKER_CRASHED", "its workers died of it: forkring dead list");
+                sweep::fail(record, word, &poison);
+            }
             Phase::Claimed => {
                 word.requeued().store(&record.word, word);
                 crash_point!("adopt.requeued");
@@ -97,8 +103,15 @@ mod tests {
 
     impl Rig {
         fn new(test: &str) -> Self {
-            let geometry =
-                Geometry { items: 64, fronts: 1, workers: 2, pools: 1, request_bytes: 1 << 18, result_bytes: 1 << 18 };
+            let geometry = Geometry {
+                items: 64,
+                fronts: 1,
+                workers: 2,
+                pools: 1,
+                request_bytes: 1 << 18,
+                result_bytes: 1 << 18,
+                letter_bytes: 1 << 16,
+            };
             let name = format!("unit-{test}-{}", std::process::id());
             Rig {
                 owner: SegmentOwner::create(&name, geometry).unwrap(),

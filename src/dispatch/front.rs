@@ -706,7 +706,7 @@ pub(super) fn is_submitted(record: &ItemRecord) -> bool {
 }
 
 /// The arena blocks that a record says its request has.
-fn request_spans(record: &ItemRecord) -> (Option<Span>, Option<Span>) {
+pub(super) fn request_spans(record: &ItemRecord) -> (Option<Span>, Option<Span>) {
     let payload = u64::from(record.payload_len.load(Relaxed));
     let extra = u64::from(record.extra_len.load(Relaxed));
     let span = |offset, len| Span { offset, len };

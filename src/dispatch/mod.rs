@@ -23,6 +23,7 @@
 mod adopt;
 mod failure;
 mod front;
+mod letters;
 pub mod metadata;
 mod reply;
 mod sweep;
@@ -32,6 +33,7 @@ mod worker;
 pub use adopt::{Left, adopt};
 pub use failure::Failure;
 pub use front::{Adopted, Completion, Front, Kind, Offer, OfferError, Outcome, Request};
+pub use letters::{DeadLetters, Death};
 pub use reply::{Reply, ReplyError};
 pub use sweep::{Swept, sweep_front, sweep_worker};
 pub use word::{Phase, SUPERVISOR, Word};

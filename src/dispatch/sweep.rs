@@ -2,11 +2,12 @@
 //!
 //! A sweep is only made after the proof of death (the pidfd fired), so nobody else may write what it writes. Each of
 //! its steps is one store, and running it again, by whoever takes over from a supervisor that died in the middle,
-//! does nothing twice: an item that was given back is no longer CLAIMED by the dead.
+//! does nothing twice: an item that was given back is no longer CLAIMED by the dead, and one that is filed as a dead letter
+//! before it is completed is not filed again.
 
 use std::sync::atomic::Ordering::*;
 
-use super::{Bells, Failure, Phase, SUPERVISOR, Topology, Word, front, lanes};
+use super::{Bells, DeadLetters, Death, Failure, Phase, SUPERVISOR, Topology, Word, front, lanes};
 use crate::{
     crash_point::crash_point,
     ring::Hint,
@@ -22,15 +23,16 @@ pub struct Swept {
     pub failed: u32,
 }
 
-/// Gives back what a dead worker had claimed. `failure` is what becomes of an item that had `max_attempts`.
+/// Gives back what a dead worker had claimed. An item that had `max_attempts` is a dead letter, and fails.
 pub fn sweep_worker(
     segment: &Segment,
     topology: &Topology,
     bells: &Bells,
-    worker: u16,
+    death: &Death,
     max_attempts: u32,
-    failure: &Failure,
+    letters: &mut DeadLetters,
 ) -> Swept {
+    let Death { worker, ref failure, .. } = *death;
     let mut swept = Swept::default();
     if let Some(pool) = topology.pool_of(worker) {
         // It sleeps no more: let nobody ring it in vain.
@@ -45,11 +47,16 @@ pub fn sweep_worker(
         let cancelled = record.is_cancelled(word.generation());
         // A worker that scribbled over the word must not take the supervisor along.
         let is_broken = u32::from(word.lane()) >= lanes(segment);
-        if is_broken || cancelled || u32::from(word.attempts()) + 1 >= max_attempts {
+        let was_last = u32::from(word.attempts()) + 1 >= max_attempts;
+        if was_last && !is_broken {
+            letters.file(segment, index, word, death);
+        }
+        if is_broken || cancelled || was_last {
             fail(record, word, failure);
             swept.failed += 1;
         } else {
             let ready = word.requeued();
+            letters.retry(index, record, word, ready, death);
             ready.store(&record.word, word);
             crash_point!("sweep.ready");
             let hint = Hint { index, generation: ready.generation() };
@@ -59,6 +66,7 @@ pub fn sweep_worker(
             swept.requeued += 1;
         }
     }
+    letters.forget_completed(segment);
     // It may have completed items without telling their fronts, or have been woken for work it did not take.
     for front in 0..segment.geometry().fronts {
         // I2: pairs with I2' in the front's scan.

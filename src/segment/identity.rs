@@ -84,6 +84,7 @@ pub(super) fn differs(
         arenas_text(then.request_bytes, then.result_bytes),
         arenas_text(now.request_bytes, now.result_bytes),
     );
+    compare("--dead-letters", size_text(then.letter_bytes), size_text(now.letter_bytes));
     compare("fronts", then.fronts.to_string(), now.fronts.to_string());
     let mut pools = pools.to_vec();
     pools.resize(now.pools as usize, PoolShape::default());
@@ -104,11 +105,16 @@ fn pools_text(pools: &[PoolShape]) -> String {
 
 /// As `--arena` has it, which is for requests and results alike.
 fn arenas_text(requests: u64, results: u64) -> String {
-    let text = |bytes: u64| {
-        // In the largest unit that makes it whole.
-        let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
-        let unit = units.into_iter().find(|(_, shift)| bytes.trailing_zeros() >= *shift);
-        unit.map_or_else(|| bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
-    };
-    if requests == results { text(requests) } else { format!("{} and {}", text(requests), text(results)) }
+    if requests == results {
+        size_text(requests)
+    } else {
+        format!("{} and {}", size_text(requests), size_text(results))
+    }
+}
+
+/// In the largest unit that makes it whole.
+fn size_text(bytes: u64) -> String {
+    let units = [("GiB", 30), ("MiB", 20), ("KiB", 10)];
+    let unit = units.into_iter().find(|(_, shift)| bytes != 0 && bytes.trailing_zeros() >= *shift);
+    unit.map_or_else(|| bytes.to_string(), |(unit, shift)| format!("{}{unit}", bytes >> shift))
 }

@@ -45,8 +45,8 @@ impl Header {
 
     pub(super) fn geometry(&self) -> Geometry {
         let [items, fronts, workers, pools] = self.counts.each_ref().map(|count| count.load(Relaxed));
-        let [request_bytes, result_bytes] = self.arena_bytes.each_ref().map(|bytes| bytes.load(Relaxed));
-        Geometry { items, fronts, workers, pools, request_bytes, result_bytes }
+        let [request_bytes, result_bytes, letter_bytes] = self.bytes.each_ref().map(|bytes| bytes.load(Relaxed));
+        Geometry { items, fronts, workers, pools, request_bytes, result_bytes, letter_bytes }
     }
 }
 

@@ -8,7 +8,7 @@ use std::ops::Range;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::SegmentError;
+use super::{SegmentError, letters::Entry};
 use crate::ring::INDEX_BITS;
 
 /// Priorities, and so lanes, of a pool.
@@ -25,6 +25,11 @@ pub const MAX_FRONTS: u32 = 64;
 pub const MAX_ITEMS: u32 = 1 << INDEX_BITS;
 /// Arena blocks are multiples of this many bytes, a cache line.
 pub const GRANULE: u64 = 64;
+
+/// The least that dead letters need, if they are kept at all: the head of any letter fits.
+pub const MIN_LETTER_BYTES: u64 = 64 << 10;
+/// Of the dead letters' memory, one letter for so many bytes is the most.
+const BYTES_PER_LETTER: u64 = 1024;
 
 /// What no two processes share for writing.
 pub(super) const BLOCK: u64 = 128;
@@ -46,6 +51,8 @@ pub struct Geometry {
     pub request_bytes: u64,
     /// Bytes of each worker's partition of the result arena.
     pub result_bytes: u64,
+    /// Bytes for dead letters; 0: none are kept.
+    pub letter_bytes: u64,
 }
 
 /// A participant of a segment; each has one line of the registry and one doorbell.
@@ -74,6 +81,8 @@ pub struct Layout {
     pub(super) return_stride: u64,
     pub(super) items: u64,
     pub(super) control: u64,
+    pub(super) letters: u64,
+    pub(super) letter_marks: u64,
     pub(super) requests: u64,
     pub(super) results: u64,
     pub(super) total: u64,
@@ -82,7 +91,7 @@ pub struct Layout {
 impl Layout {
     /// The layout of a geometry, or why there can be none.
     pub fn of(geometry: Geometry) -> Result<Self, SegmentError> {
-        let Geometry { items, fronts, workers, pools, request_bytes, result_bytes } = geometry;
+        let Geometry { items, fronts, workers, pools, request_bytes, result_bytes, letter_bytes } = geometry;
         let bounded = |what, n: u32, most: u32| {
             if n == 0 || n > most {
                 Err(SegmentError::Geometry { what, n: n.into(), most: most.into() })
@@ -101,6 +110,9 @@ impl Layout {
                 return Err(SegmentError::Geometry { what, n: bytes, most });
             }
         }
+        if letter_bytes != 0 && !(MIN_LETTER_BYTES..=most).contains(&letter_bytes) {
+            return Err(SegmentError::Geometry { what: "bytes of dead letters", n: letter_bytes, most });
+        }
 
         let [items, fronts, workers, pools] = [items, fronts, workers, pools].map(u64::from);
         let mut end = PAGE; // the header has the first page
@@ -114,6 +126,8 @@ impl Layout {
         let return_stride = BLOCK + Self::return_entries_of(items) * 8;
         let request_bytes = request_bytes.next_multiple_of(PAGE);
         let result_bytes = result_bytes.next_multiple_of(PAGE);
+        let letter_bytes = letter_bytes.next_multiple_of(PAGE);
+        let slots = Self::letter_slots_of(letter_bytes);
         let pool_lines = place(pools * BLOCK, BLOCK);
         let registry = place(participants * BLOCK, BLOCK);
         let doorbells = place(participants * BLOCK, BLOCK);
@@ -122,11 +136,13 @@ impl Layout {
         let returns = place(workers * fronts * return_stride.next_multiple_of(BLOCK), BLOCK);
         let items = place(items * 2 * BLOCK, 2 * BLOCK);
         let control = place(0, PAGE);
+        let letters = place(if slots == 0 { 0 } else { Self::letter_data_of(slots) + letter_bytes }, PAGE);
+        let letter_marks = place(slots * 8, PAGE);
         let requests = place(fronts * request_bytes, PAGE);
         let results = place(workers * result_bytes, PAGE);
         let total = place(0, PAGE);
         Ok(Layout {
-            geometry: Geometry { request_bytes, result_bytes, ..geometry },
+            geometry: Geometry { request_bytes, result_bytes, letter_bytes, ..geometry },
             pools: pool_lines,
             registry,
             doorbells,
@@ -137,6 +153,8 @@ impl Layout {
             return_stride: return_stride.next_multiple_of(BLOCK),
             items,
             control,
+            letters,
+            letter_marks,
             requests,
             results,
             total,
@@ -166,6 +184,8 @@ impl Layout {
             self.return_stride,
             self.items,
             self.control,
+            self.letters,
+            self.letter_marks,
             self.requests,
             self.results,
             self.total,
@@ -206,6 +226,24 @@ impl Layout {
         self.registry..self.items
     }
 
+    /// How many dead letters there may be, however small they are.
+    pub(super) fn letter_slots(&self) -> usize {
+        Self::letter_slots_of(self.geometry.letter_bytes) as usize
+    }
+
+    fn letter_slots_of(letter_bytes: u64) -> u64 {
+        letter_bytes / BYTES_PER_LETTER
+    }
+
+    /// Where the letters' bytes are, from the start of their area: behind the counts and the index.
+    pub(super) fn letter_data(&self) -> u64 {
+        Self::letter_data_of(Self::letter_slots_of(self.geometry.letter_bytes))
+    }
+
+    fn letter_data_of(slots: u64) -> u64 {
+        BLOCK + (slots * size_of::<Entry>() as u64).next_multiple_of(BLOCK)
+    }
+
     pub(super) fn participant(&self, slot: Slot) -> Option<u64> {
         match slot {
             Slot::Supervisor => Some(0),
@@ -225,14 +263,16 @@ mod tests {
     use super::*;
 
     fn geometry() -> impl Strategy<Value = Geometry> {
-        (1..100_000u32, 1..4u32, 1..40u32, 1..8u32, PAGE..1 << 30, PAGE..1 << 30).prop_map(
-            |(items, fronts, workers, pools, request_bytes, result_bytes)| Geometry {
+        let letters = prop_oneof![Just(0), MIN_LETTER_BYTES..1 << 30];
+        (1..100_000u32, 1..4u32, 1..40u32, 1..8u32, PAGE..1 << 30, PAGE..1 << 30, letters).prop_map(
+            |(items, fronts, workers, pools, request_bytes, result_bytes, letter_bytes)| Geometry {
                 items: items.max(fronts),
                 fronts,
                 workers,
                 pools,
                 request_bytes,
                 result_bytes,
+                letter_bytes,
             },
         )
     }
@@ -254,6 +294,9 @@ mod tests {
                 (layout.lanes, pools * u64::from(PRIORITIES) * layout.lane_stride),
                 (layout.returns, workers * fronts * layout.return_stride),
                 (layout.items, items * 2 * BLOCK),
+                (layout.control, 0),
+                (layout.letters, if g.letter_bytes == 0 { 0 } else { layout.letter_data() + g.letter_bytes }),
+                (layout.letter_marks, 8 * layout.letter_slots() as u64),
                 (layout.requests, fronts * g.request_bytes),
                 (layout.results, workers * g.result_bytes),
                 (layout.total, 0),
@@ -262,7 +305,9 @@ mod tests {
                 prop_assert!(pair[0].0 + pair[0].1 <= pair[1].0, "{pair:?}");
                 prop_assert_eq!(pair[1].0 % BLOCK, 0);
             }
-            prop_assert_eq!(layout.requests % PAGE, 0);
+            for view in [layout.control, layout.letters, layout.letter_marks, layout.requests] {
+                prop_assert_eq!(view % PAGE, 0);
+            }
             prop_assert_eq!(layout.results % PAGE, 0);
             prop_assert!(layout.lane_cells() as u64 >= 2 * items);
             prop_assert!(layout.lane_stride >= 2 * BLOCK + 8 * layout.lane_cells() as u64);
@@ -273,14 +318,23 @@ mod tests {
 
         /// Whatever a header may say, the answer is a layout or an error.
         #[test]
-        fn garbage_never_panics(items: u32, fronts: u32, workers: u32, pools: u32, request_bytes: u64, result_bytes: u64) {
-            let _ = Layout::of(Geometry { items, fronts, workers, pools, request_bytes, result_bytes });
+        fn garbage_never_panics(items: u32, fronts: u32, workers: u32, pools: u32, bytes: [u64; 3]) {
+            let [request_bytes, result_bytes, letter_bytes] = bytes;
+            let _ = Layout::of(Geometry { items, fronts, workers, pools, request_bytes, result_bytes, letter_bytes });
         }
     }
 
     #[test]
     fn nothing_may_be_zero_or_too_many() {
-        let good = Geometry { items: 16, fronts: 1, workers: 1, pools: 1, request_bytes: 4096, result_bytes: 4096 };
+        let good = Geometry {
+            items: 16,
+            fronts: 1,
+            workers: 1,
+            pools: 1,
+            request_bytes: 4096,
+            result_bytes: 4096,
+            letter_bytes: 0,
+        };
         assert!(Layout::of(good).is_ok());
         for bad in [
             Geometry { items: 0, ..good },
@@ -290,6 +344,8 @@ mod tests {
             Geometry { pools: 0, ..good },
             Geometry { result_bytes: 0, ..good },
             Geometry { request_bytes: u64::MAX, ..good },
+            Geometry { letter_bytes: 1, ..good },
+            Geometry { letter_bytes: u64::MAX, ..good },
         ] {
             assert!(matches!(Layout::of(bad), Err(SegmentError::Geometry { .. })), "{bad:?}");
         }

@@ -16,7 +16,9 @@
 //! | view | supervisor | front | worker |
 //! |---|---|---|---|
 //! | control | read, write | read, write | read, write |
-//! | request arena | – | read, write | read only |
+//! | dead letters | read, write | read only | – |
+//! | their marks | read only | read, write | – |
+//! | request arena | read only | read, write | read only |
 //! | result arena | – | read only | read, write (its own partition only) |
 //!
 //! Each process maps the object itself; nothing is inherited over `fork` (`MADV_DONTFORK`), so a grandchild cannot
@@ -27,6 +29,7 @@ mod error;
 mod identity;
 mod inspect;
 mod layout;
+mod letters;
 mod owner;
 mod record;
 
@@ -56,8 +59,10 @@ pub use error::SegmentError;
 pub use identity::PoolShape;
 pub use inspect::{SegmentInfo, inspect};
 pub use layout::{
-    GRANULE, Geometry, Layout, MAX_FRONTS, MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS, PRIORITIES, Slot,
+    GRANULE, Geometry, Layout, MAX_FRONTS, MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS, MIN_LETTER_BYTES,
+    PRIORITIES, Slot,
 };
+pub use letters::{Letter, LetterKey, LetterLog, Letters};
 pub use owner::SegmentOwner;
 pub use record::{INLINE, Inline, ItemRecord};
 
@@ -70,7 +75,7 @@ use crate::{
 use layout::{BLOCK, PAGE};
 
 /// Changes when the meaning of anything in the segment does.
-pub const ABI: u32 = 2;
+pub const ABI: u32 = 3;
 const MAGIC: u64 = u64::from_le_bytes(*b"forkring");
 const DIRECTORY: &str = "/dev/shm";
 
@@ -93,8 +98,8 @@ struct Header {
     boot_id: [AtomicU64; 2],
     layout_hash: AtomicU64,
     counts: [AtomicU32; 4],
-    arena_bytes: [AtomicU64; 2],
-    _gap: [AtomicU64; 6],
+    bytes: [AtomicU64; 3],
+    _gap: [AtomicU64; 5],
     /// The start gate, in a block of its own.
     gate: [AtomicU64; 16],
     /// Written by the supervisor, read by all: a [`Stage`].
@@ -173,6 +178,10 @@ unsafe impl Shared for Door {}
 // SAFETY: as above.
 unsafe impl Shared for ItemRecord {}
 // SAFETY: as above.
+unsafe impl Shared for letters::Counts {}
+// SAFETY: as above.
+unsafe impl Shared for letters::Entry {}
+// SAFETY: as above.
 unsafe impl Shared for AtomicU64 {}
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -220,6 +229,8 @@ impl View {
 pub struct Segment {
     layout: Layout,
     control: View,
+    /// The dead letters and the marks on them, if any are kept and the participant may see them.
+    letters: Option<(View, View)>,
     requests: Option<View>,
     results: Option<View>,
     /// Offset of `results` in the object: a worker maps its own partition only.
@@ -265,8 +276,20 @@ impl Segment {
         let map = |offset, len, access| View::map(object, offset, len, access).map_err(io("map"));
         let control = map(0, layout.control, Access::Write)?;
         let requests_len = layout.results - layout.requests;
+        let letters = |of_letters, of_marks| {
+            if layout.letter_slots() == 0 {
+                return Ok(None);
+            }
+            let letters = map(layout.letters, layout.letter_marks - layout.letters, of_letters)?;
+            Ok(Some((letters, map(layout.letter_marks, layout.requests - layout.letter_marks, of_marks)?)))
+        };
+        let letters = match slot {
+            Slot::Supervisor => letters(Access::Write, Access::Read)?,
+            Slot::Front(_) => letters(Access::Read, Access::Write)?,
+            Slot::Worker(_) => None,
+        };
         let (requests, results, results_at) = match slot {
-            Slot::Supervisor => (None, None, layout.results),
+            Slot::Supervisor => (Some(map(layout.requests, requests_len, Access::Read)?), None, layout.results),
             Slot::Front(_) => (
                 Some(map(layout.requests, requests_len, Access::Write)?),
                 Some(map(layout.results, layout.total - layout.results, Access::Read)?),
@@ -282,7 +305,8 @@ impl Segment {
             }
         };
         let items = control.slice::<ItemRecord>(layout.items, layout.geometry.items as usize).as_ptr();
-        Ok(Segment { layout, control, requests, results, results_at, items, slot, occupied: AtomicBool::new(false) })
+        let occupied = AtomicBool::new(false);
+        Ok(Segment { layout, control, letters, requests, results, results_at, items, slot, occupied })
     }
 
     /// Whether the caller is the first to use this view's slot: there is one allocating process for a partition, and one
@@ -541,7 +565,15 @@ mod tests {
     use super::*;
 
     fn geometry() -> Geometry {
-        Geometry { items: 64, fronts: 1, workers: 2, pools: 1, request_bytes: 1 << 16, result_bytes: 1 << 16 }
+        Geometry {
+            items: 64,
+            fronts: 1,
+            workers: 2,
+            pools: 1,
+            request_bytes: 1 << 16,
+            result_bytes: 1 << 16,
+            letter_bytes: 1 << 16,
+        }
     }
 
     fn name(test: &str) -> String {

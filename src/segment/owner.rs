@@ -244,7 +244,8 @@ impl Taking<'_> {
     fn format(&self, object: &OwnedFd) -> io::Result<()> {
         let control = View::map(object, 0, self.layout.control, Access::Write)?;
         let header: &Header = control.at(0);
-        let Geometry { items, fronts, workers, pools, request_bytes, result_bytes } = self.layout.geometry;
+        let Geometry { items, fronts, workers, pools, request_bytes, result_bytes, letter_bytes } =
+            self.layout.geometry;
         header.abi.store(ABI, Relaxed);
         header.set_creator()?;
         for (word, value) in header.boot_id.iter().zip(process::boot_id()?) {
@@ -254,7 +255,7 @@ impl Taking<'_> {
         for (word, value) in header.counts.iter().zip([items, fronts, workers, pools]) {
             word.store(value, Relaxed);
         }
-        for (word, value) in header.arena_bytes.iter().zip([request_bytes, result_bytes]) {
+        for (word, value) in header.bytes.iter().zip([request_bytes, result_bytes, letter_bytes]) {
             word.store(value, Relaxed);
         }
         for (at, (name, workers)) in (0..pools.into()).zip(self.pools) {
@@ -329,8 +330,15 @@ mod tests {
     };
     use crate::segment::Slot;
 
-    const GEOMETRY: Geometry =
-        Geometry { items: 64, fronts: 1, workers: 3, pools: 2, request_bytes: 1 << 20, result_bytes: 1 << 20 };
+    const GEOMETRY: Geometry = Geometry {
+        items: 64,
+        fronts: 1,
+        workers: 3,
+        pools: 2,
+        request_bytes: 1 << 20,
+        result_bytes: 1 << 20,
+        letter_bytes: 0,
+    };
 
     fn pools() -> Vec<PoolShape> {
         vec![("hash".to_owned(), 2), ("a".repeat(64), 1)]
@@ -406,6 +414,7 @@ mod tests {
                 other(|g| (g.request_bytes, g.result_bytes) = (3 << 19, 3 << 19), &pools()),
                 "--arena 1MiB, not 1536KiB. Start".to_owned(),
             ),
+            (other(|g| g.letter_bytes = 1 << 16, &pools()), "--dead-letters 0, not 64KiB. Start".to_owned()),
             (other(|g| g.fronts = 2, &pools()), "fronts 1, not 2. Start".to_owned()),
             (
                 other(|_| (), &[pools()[1].clone(), pools()[0].clone()]),
