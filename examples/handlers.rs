@@ -10,7 +10,7 @@
 use std::{
     fs::OpenOptions,
     io::{self, Write as _},
-    path::PathBuf,
+    path::{Path, PathBuf},
     thread,
     time::Duration,
 };
@@ -108,10 +108,15 @@ fn crash(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Dies of its item every time, until `max_attempts` have been made: ABORTED, reason WORKER_CRASHED.
-fn always_crash(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
+/// Dies of its item every time, until `max_attempts` have been made: ABORTED, reason WORKER_CRASHED, and a dead letter. Once
+/// there is a file of the name that the metadata gives, it is mended, and echoes: `forkring dead requeue`.
+fn always_crash(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
     note(item, "journal", &format!("attempt {}", item.attempt()))?;
-    std::process::abort()
+    if !item.metadata("mended").is_some_and(|file| Path::new(file).exists()) {
+        std::process::abort();
+    }
+    reply.write(item.payload())?;
+    Ok(())
 }
 
 /// Works until nobody waits for the result any more, and notes that in the file that the metadata names.

@@ -16,7 +16,9 @@ use tonic::{
 use tonic_types::StatusExt as _;
 
 use crate::proto::v1::{
-    self, GetUpdatesRequest, SubmitReceipt, WorkItem, WorkResult, dispatcher_client::DispatcherClient,
+    self, DeadLetter, DropDeadLetterRequest, GetDeadLetterRequest, GetUpdatesRequest, ListDeadLettersRequest,
+    ListDeadLettersResponse, RequeueDeadLetterRequest, SubmitReceipt, WorkItem, WorkResult, admin_client::AdminClient,
+    dispatcher_client::DispatcherClient,
 };
 
 /// A stream of results: `while let Some(result) = results.message().await? { … }`.
@@ -48,6 +50,7 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 #[derive(Debug, Clone)]
 pub struct Client {
     inner: DispatcherClient<Channel>,
+    admin: AdminClient<Channel>,
 }
 
 impl Client {
@@ -64,14 +67,15 @@ impl Client {
 
     /// Over a channel with settings of your own.
     pub fn from_channel(channel: Channel) -> Self {
+        let admin = AdminClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE);
         let inner =
             DispatcherClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(usize::MAX);
-        Self { inner }
+        Self { inner, admin }
     }
 
     /// Takes results of up to so many bytes instead of [`MAX_MESSAGE`].
     pub fn with_max_message(self, bytes: usize) -> Self {
-        Self { inner: self.inner.max_decoding_message_size(bytes) }
+        Self { inner: self.inner.max_decoding_message_size(bytes), admin: self.admin.max_decoding_message_size(bytes) }
     }
 
     /// One item in, its result out. A failed item is the error; [`v1::Status::from`] finds its reason.
@@ -138,6 +142,29 @@ impl Client {
         S: Stream<Item = WorkItem> + Send + 'static,
     {
         Ok(self.inner.clone().process(items).await?.into_inner())
+    }
+
+    /// A page of the dead letters with numbers above `after`, without their payloads. The next page follows `next`, if that
+    /// is not 0.
+    pub async fn dead_letters(&self, after: u64) -> Result<ListDeadLettersResponse, tonic::Status> {
+        let request = ListDeadLettersRequest { after, limit: 0 };
+        Ok(self.admin.clone().list_dead_letters(request).await?.into_inner())
+    }
+
+    /// A dead letter with its payload.
+    pub async fn dead_letter(&self, number: u64) -> Result<DeadLetter, tonic::Status> {
+        Ok(self.admin.clone().get_dead_letter(GetDeadLetterRequest { number }).await?.into_inner())
+    }
+
+    /// Submits a dead letter's item once more; under `subscription`, if it had none of its own.
+    pub async fn requeue_dead_letter(&self, number: u64, subscription: &str) -> Result<(), tonic::Status> {
+        let request = RequeueDeadLetterRequest { number, subscription: subscription.to_owned() };
+        self.admin.clone().requeue_dead_letter(request).await.map(|_| ())
+    }
+
+    /// Throws a dead letter away.
+    pub async fn drop_dead_letter(&self, number: u64) -> Result<(), tonic::Status> {
+        self.admin.clone().drop_dead_letter(DropDeadLetterRequest { number }).await.map(|_| ())
     }
 }
 

@@ -350,7 +350,9 @@ macro_rules! reflection {
                     panic!("{first:?}");
                 };
                 let services: Vec<_> = list.service.into_iter().map(|service| service.name).collect();
-                assert!(services.contains(&symbol) && services.contains(&"grpc.health.v1.Health".to_owned()));
+                for wanted in [&symbol, "forkring.v1.Admin", "grpc.health.v1.Health"] {
+                    assert!(services.iter().any(|service| service == wanted), "no {wanted} in {services:?}");
+                }
                 let second = soon("an answer", answers.message()).await.expect("a stream").expect("an answer");
                 let Some(MessageResponse::FileDescriptorResponse(files)) = second.message_response else {
                     panic!("{second:?}");

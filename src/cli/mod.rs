@@ -5,6 +5,7 @@
 
 mod bench;
 mod call;
+mod dead;
 mod demo;
 mod doctor;
 mod input;
@@ -56,6 +57,7 @@ enum Command {
     Call(call::CallArgs),
     Submit(submit::SubmitArgs),
     Updates(updates::UpdatesArgs),
+    Dead(dead::DeadArgs),
     Demo(demo::DemoArgs),
     Doctor(doctor::DoctorArgs),
     Bench(bench::BenchArgs),
@@ -73,6 +75,7 @@ pub fn main() -> ExitCode {
         Command::Call(args) => call::run(args),
         Command::Submit(args) => submit::run(args),
         Command::Updates(args) => updates::run(args),
+        Command::Dead(args) => dead::run(args),
         Command::Demo(args) => demo::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(args) => bench::run(args),

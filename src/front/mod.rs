@@ -14,6 +14,7 @@
 //! between threads, and all state is plain cells in one `Hub`. It scales by processes. The runtime starts
 //! after the fork.
 
+mod admin;
 mod collector;
 mod hub;
 mod input;

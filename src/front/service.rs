@@ -1,7 +1,8 @@
 //! The service: which RPC a request is for.
 //!
-//! The four methods of `forkring.v1.Dispatcher` are answered here, without tonic's codec. All else (health,
-//! reflection, whatever is unknown) goes to tonic's router.
+//! The methods of `forkring.v1.Dispatcher` and `forkring.v1.Admin` are answered here, without tonic's codec: the former for
+//! speed, the latter because what they need is this thread's. All else (health, reflection, whatever is unknown) goes to
+//! tonic's router.
 
 use std::{
     convert::Infallible,
@@ -22,6 +23,7 @@ use tonic_health::server::HealthReporter;
 use tower::Service;
 
 use super::{
+    admin,
     hub::{Hub, deadline_after},
     input::discard,
     process::ProcessBody,
@@ -37,7 +39,7 @@ use crate::{
 };
 
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
-/// A `GetUpdatesRequest` is small.
+/// A `GetUpdatesRequest` is small, and so are those of `Admin`.
 const SMALL_MESSAGE: usize = 4096;
 
 /// The body of any response of a front. Those of our own hold their connection open while it drains.
@@ -103,7 +105,8 @@ pub async fn answer(
     open: Rc<()>,
 ) -> Result<Response<FrontBody>, Infallible> {
     hub.activity.set(hub.activity.get() + 1);
-    let Some(method) = request.uri().path().strip_prefix("/forkring.v1.Dispatcher/") else {
+    let path = request.uri().path().strip_prefix("/forkring.v1.").and_then(|path| path.split_once('/'));
+    let Some((service @ ("Dispatcher" | "Admin"), method)) = path else {
         // A stream of somebody who watches ends when the connection does.
         drop(open);
         return routes.call(request).await.map(|response| response.map(tonic_body));
@@ -126,16 +129,19 @@ pub async fn answer(
         discard(&hub, request.into_body());
         return Ok(failed(&Refusal::draining().status()));
     }
-    let answer = match method {
-        "Call" => call(hub, request.into_body(), deadline).await.map(Kind::Unary),
-        "Submit" => submit(hub, request.into_body()).await.map(Kind::Unary),
-        "Process" => Ok(Kind::Process(Box::new(ProcessBody::new(hub, request.into_body(), deadline)))),
-        "GetUpdates" => updates(hub, request.into_body()).await.map(Kind::Updates),
-        _ => {
-            let status = Status::unimplemented(format!("forkring.v1.Dispatcher has no method {method}"));
-            discard(&hub, request.into_body());
-            Err(status)
-        }
+    let answer = match (service, method) {
+        ("Dispatcher", "Call") => call(hub, request.into_body(), deadline).await.map(Kind::Unary),
+        ("Dispatcher", "Submit") => submit(hub, request.into_body()).await.map(Kind::Unary),
+        ("Dispatcher", "Process") => Ok(Kind::Process(Box::new(ProcessBody::new(hub, request.into_body(), deadline)))),
+        ("Dispatcher", "GetUpdates") => updates(hub, request.into_body()).await.map(Kind::Updates),
+        _ => match admin::Method::named(method).filter(|_| service == "Admin") {
+            Some(method) => administer(&hub, method, request.into_body()).await.map(Kind::Unary),
+            None => {
+                let status = Status::unimplemented(format!("forkring.v1.{service} has no method {method}"));
+                discard(&hub, request.into_body());
+                Err(status)
+            }
+        },
     };
     Ok(match answer {
         Ok(body) => {
@@ -170,32 +176,44 @@ fn failed(status: &Status) -> Response<FrontBody> {
 }
 
 async fn updates(hub: Rc<Hub>, body: Incoming) -> Result<UpdatesBody, Status> {
+    let message = small_message(&hub, body).await.map_err(|refusal| refusal.status())?;
+    let malformed = WireError::Malformed("expected a GetUpdatesRequest");
+    let request = GetUpdatesRequest::decode(message).map_err(|_| Refusal::from(malformed).status())?;
+    Ok(UpdatesBody::new(hub, request))
+}
+
+async fn administer(hub: &Hub, method: admin::Method, body: Incoming) -> Result<UnaryBody, Status> {
+    let answered = small_message(hub, body).await.and_then(|message| admin::answer(hub, method, message));
+    answered.map_err(|refusal| refusal.status())
+}
+
+/// The one message of a request that has no large ones.
+async fn small_message(hub: &Hub, body: Incoming) -> Result<Bytes, Refusal> {
     let timeout = hub.body_timeout;
     let mut draining = hub.draining.subscribe();
     let collected = tokio::select! {
         biased;
         collected = tokio::time::timeout(timeout, Limited::new(body, SMALL_MESSAGE).collect()) => collected,
-        _ = draining.wait_for(|draining| *draining) => return Err(Refusal::draining().status()),
+        _ = draining.wait_for(|draining| *draining) => return Err(Refusal::draining()),
     };
     let mut message = match collected {
-        Err(_) => return Err(Refusal::body_timeout(timeout).status()),
-        Ok(Err(error)) => return Err(Refusal::broken(&*error).status()),
+        Err(_) => return Err(Refusal::body_timeout(timeout)),
+        Ok(Err(error)) => return Err(Refusal::broken(&*error)),
         Ok(Ok(collected)) => collected.to_bytes(),
     };
-    let malformed = |why| Refusal::from(WireError::Malformed(why)).status();
+    let malformed = |why| WireError::Malformed(why).into();
     if message.is_empty() {
-        return Err(Refusal::empty().status());
+        return Err(Refusal::empty());
     }
     if message.len() < PREFIX {
         return Err(malformed("it is shorter than its prefix"));
     }
     let prefix = message.split_to(PREFIX);
     if prefix[0] != 0 {
-        return Err(Refusal::from(WireError::Compressed).status());
+        return Err(WireError::Compressed.into());
     }
     if prefix[1..] != (message.len() as u32).to_be_bytes() {
         return Err(malformed("its length is not what its prefix says"));
     }
-    let request = GetUpdatesRequest::decode(message).map_err(|_| malformed("expected a GetUpdatesRequest"))?;
-    Ok(UpdatesBody::new(hub, request))
+    Ok(message)
 }

@@ -79,6 +79,29 @@ impl Refusal {
         Refusal::new(Code::Internal, "INVALID_RESULT", message)
     }
 
+    pub fn no_letters() -> Self {
+        let message = "this server keeps no dead letters: start it with --dead-letters 8MiB".into();
+        Refusal::new(Code::FailedPrecondition, "NO_DEAD_LETTERS", message)
+    }
+
+    /// `range`: the number before the oldest letter, and that of the newest.
+    pub fn no_letter(number: u64, (before, newest): (u64, u64)) -> Self {
+        let why = match number {
+            _ if number > newest || number == 0 => "there never was one of this number",
+            _ if number <= before => "it was dropped to make room for newer ones",
+            _ => "it was requeued or dropped before",
+        };
+        let message = format!("there is no dead letter {number}: {why}; see `forkring dead list`");
+        Refusal::new(Code::NotFound, "NO_SUCH_LETTER", message)
+    }
+
+    pub fn truncated_letter(number: u64, size: u64) -> Self {
+        let message = format!(
+            "dead letter {number} cannot be requeued: its payload of {size} bytes was too large to be kept (--dead-letters)"
+        );
+        Refusal::new(Code::FailedPrecondition, "TRUNCATED_LETTER", message)
+    }
+
     /// As the RPC's own status.
     pub fn status(&self) -> Status {
         let mut details = ErrorDetails::new();

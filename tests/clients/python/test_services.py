@@ -36,6 +36,7 @@ def test_health_of_no_such_pool(channel):
 def test_reflection_lists_the_services(channel):
     services = set(ProtoReflectionDescriptorDatabase(channel).get_services())
     assert services >= {
+        "forkring.v1.Admin",
         "forkring.v1.Dispatcher",
         "grpc.health.v1.Health",
         "grpc.reflection.v1.ServerReflection",
