@@ -78,7 +78,7 @@ fn an_item_that_its_workers_died_of_is_kept_with_its_history() {
             assert!(found.time.is_some_and(|time| time.seconds > 1_700_000_000));
 
             assert_eq!(found.attempts, 3);
-            let attempts: Vec<_> = found.history.iter().map(|one| (one.attempt, one.end.clone())).collect();
+            let attempts: Vec<_> = found.history.iter().map(|one| (one.attempt, one.end)).collect();
             assert_eq!(attempts, [1, 2, 3].map(|n| (n, Some(End::Signal(6)))));
             assert!(found.history.iter().all(|one| one.worker < 12));
             let mut pids: Vec<_> = found.history.iter().map(|one| one.pid).collect();
@@ -396,4 +396,72 @@ fn the_command_lists_shows_requeues_and_drops() {
         assert_eq!((none.text(), numbers(&client).await), ("", vec![]));
         server.drain().await;
     });
+}
+
+/// Deaths between the steps of filing and of requeueing.
+#[cfg(feature = "crash-points")]
+mod deaths {
+    use std::fs::File;
+
+    use common::server::{serve_command, unique_name};
+    use forkring::segment::{Segment, Slot};
+    use prost::Message as _;
+
+    use super::*;
+
+    /// A server whose processes die when they pass a point for the first time. Its handler kills its worker until there is
+    /// a file `mended`.
+    async fn server(files: &Files, point: &str) -> Server {
+        let handler =
+            format!("--pool=always_crash=exec:sh -c 'test -e {} || kill -9 $PPID; cat'", files.name("mended"));
+        let name = unique_name();
+        let mut command = serve_command(&name, &[&handler, "--max-attempts", "1", "--workers", "4"]);
+        command.args(["--parent", &std::process::id().to_string()]).env("FORKRING_CRASH", format!("{point}:1"));
+        Server::start(name, command, Files::new()).await
+    }
+
+    #[test]
+    fn a_front_that_dies_while_it_requeues_loses_nothing() {
+        for (point, left) in [("dead.offered", &[1][..]), ("dead.gone", &[])] {
+            run(async {
+                let files = Files::new();
+                let server = server(&files, point).await;
+                let client = server.client().await;
+                let item = poison(1, 5_000);
+                let refused = refusal(soon("an answer", client.call(item)).await);
+                assert_refused(refused, CRASHED, "SIGKILL");
+                files.make("mended");
+                let front = server.child("front").await;
+                soon("an answer", client.requeue_dead_letter(1, "mine")).await.expect_err("the front died");
+                server.successor("front", front).await;
+                let client = server.client().await;
+                let result = update(&client, "mine").await;
+                assert!(result.outcome().expect("a result") == pattern(1, 5_000), "what was offered is done");
+                assert_eq!(numbers(&client).await, left, "{point}");
+                server.drain().await;
+            });
+        }
+    }
+
+    #[test]
+    fn a_supervisor_that_dies_while_it_files_leaves_a_whole_letter_or_none() {
+        for (point, filed) in [("dead.evicted", 0), ("dead.written", 0), ("dead.filed", 1)] {
+            run(async {
+                let files = Files::new();
+                let mut server = server(&files, point).await;
+                let client = server.client().await;
+                soon("an answer", client.call(poison(1, 5_000))).await.expect_err("the server died");
+                server.ended().await;
+                let segment = File::options().read(true).write(true).open(server.segment()).expect("it is left");
+                let segment = Segment::attach(&segment, &server.name, Slot::Front(0)).expect("a segment");
+                let letters = segment.letters().expect("they are kept");
+                assert_eq!(letters.range(), (0, filed), "{point}");
+                if let Some(found) = letters.read(1, true) {
+                    let head = DeadLetter::decode(&found.head[..]).expect("a letter");
+                    assert_eq!((head.id, head.payload_size), (1, 5_000));
+                    assert!(found.body == pattern(1, 5_000));
+                }
+            });
+        }
+    }
 }

@@ -196,7 +196,11 @@ async fn each(
 ) -> anyhow::Result<()> {
     let mut numbers = letters.numbers.clone();
     if letters.all {
-        every(client, |letter| Ok(numbers.push(letter.number))).await?;
+        let push = |letter: DeadLetter| {
+            numbers.push(letter.number);
+            Ok(())
+        };
+        every(client, push).await?;
     }
     let mut failures = Vec::new();
     for &number in &numbers {
