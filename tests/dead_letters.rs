@@ -277,7 +277,11 @@ fn requests_that_mean_nothing_are_refused() {
             grpc.ready().await.expect("a connection");
             let path = format!("/forkring.v1.Admin/{method}").parse().expect("a path");
             let answer = grpc.unary(tonic::Request::new(message.to_owned()), path, Text).await;
-            assert_refused(refusal(answer), wanted, if wanted.1.is_empty() { "Admin has no method" } else { "not a" });
+            assert_refused(
+                refusal(answer),
+                wanted,
+                if wanted.1.is_empty() { "Admin has no method" } else { "not this method" },
+            );
         }
         assert_eq!(numbers(&client).await, [1]);
         assert_serves(&client, "hold").await;

@@ -65,7 +65,7 @@ pub fn answer(hub: &Hub, method: Method, message: Bytes) -> Result<UnaryBody, Re
 }
 
 fn read<M: Message + Default>(message: Bytes) -> Result<M, Refusal> {
-    M::decode(message).map_err(|_| WireError::Malformed("expected this method's request").into())
+    M::decode(message).map_err(|_| Refusal::not_the_request())
 }
 
 fn reply(message: &impl Message) -> UnaryBody {

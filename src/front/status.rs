@@ -79,6 +79,11 @@ impl Refusal {
         Refusal::new(Code::Internal, "INVALID_RESULT", message)
     }
 
+    pub fn not_the_request() -> Self {
+        let message = "the message is not this method's request: see forkring.v1.Admin".into();
+        Refusal::new(Code::Internal, "MALFORMED_MESSAGE", message)
+    }
+
     pub fn no_letters() -> Self {
         let message = "this server keeps no dead letters: start it with --dead-letters 8MiB".into();
         Refusal::new(Code::FailedPrecondition, "NO_DEAD_LETTERS", message)
