@@ -235,6 +235,27 @@ fn letters_outlive_the_front_and_so_do_the_marks_on_them() {
 }
 
 #[test]
+fn letters_outlive_a_server_that_is_killed() {
+    run(async {
+        let pools = ["always_crash"];
+        let settings = "max_attempts = 1\nworkers = 4";
+        let server = Server::handlers(&pools, settings).await;
+        let client = server.client().await;
+        die(&client, poison(1, 5_000)).await;
+        die(&client, poison(2, 10)).await;
+        client.drop_dead_letter(2).await.expect("it is there");
+        let left = server.kill().await;
+        let server = Server::handlers_as(&left.name, &pools, settings).await;
+        let client = server.client().await;
+        assert_eq!(numbers(&client).await, [1]);
+        assert!(letter(&client, 1).await.payload == pattern(1, 5_000));
+        die(&client, poison(3, 10)).await;
+        assert_eq!(numbers(&client).await, [1, 3], "they are numbered on");
+        server.drain().await;
+    });
+}
+
+#[test]
 fn a_server_may_keep_none() {
     run(async {
         let server = Server::handlers(&["always_crash"], "max_attempts = 2\ndead_letters = 0").await;
@@ -409,18 +430,19 @@ mod deaths {
 
     use common::server::{serve_command, unique_name};
     use forkring::segment::{Segment, Slot};
-    use prost::Message as _;
 
     use super::*;
 
-    /// A server whose processes die when they pass a point for the first time. Its handler kills its worker until there is
-    /// a file `mended`.
-    async fn server(files: &Files, point: &str) -> Server {
+    /// A server whose handler kills its worker until there is a file `mended`, and whose processes die when they pass a
+    /// point for the first time.
+    async fn server(name: String, files: &Files, point: Option<&str>) -> Server {
         let handler =
             format!("--pool=always_crash=exec:sh -c 'test -e {} || kill -9 $PPID; cat'", files.name("mended"));
-        let name = unique_name();
         let mut command = serve_command(&name, &[&handler, "--max-attempts", "1", "--workers", "4"]);
-        command.args(["--parent", &std::process::id().to_string()]).env("FORKRING_CRASH", format!("{point}:1"));
+        command.args(["--parent", &std::process::id().to_string()]);
+        if let Some(point) = point {
+            command.env("FORKRING_CRASH", format!("{point}:1"));
+        }
         Server::start(name, command, Files::new()).await
     }
 
@@ -429,7 +451,7 @@ mod deaths {
         for (point, left) in [("dead.offered", &[1][..]), ("dead.gone", &[])] {
             run(async {
                 let files = Files::new();
-                let server = server(&files, point).await;
+                let server = server(unique_name(), &files, Some(point)).await;
                 let client = server.client().await;
                 let item = poison(1, 5_000);
                 let refused = refusal(soon("an answer", client.call(item)).await);
@@ -448,23 +470,30 @@ mod deaths {
     }
 
     #[test]
-    fn a_supervisor_that_dies_while_it_files_leaves_a_whole_letter_or_none() {
+    fn a_supervisor_that_dies_while_it_files_leaves_a_whole_letter_or_none_and_its_successor_files_no_second() {
         for (point, filed) in [("dead.evicted", 0), ("dead.written", 0), ("dead.filed", 1)] {
             run(async {
                 let files = Files::new();
-                let mut server = server(&files, point).await;
-                let client = server.client().await;
-                soon("an answer", client.call(poison(1, 5_000))).await.expect_err("the server died");
-                server.ended().await;
-                let segment = File::options().read(true).write(true).open(server.segment()).expect("it is left");
-                let segment = Segment::attach(&segment, &server.name, Slot::Front(0)).expect("a segment");
-                let letters = segment.letters().expect("they are kept");
-                assert_eq!(letters.range(), (0, filed), "{point}");
-                if let Some(found) = letters.read(1, true) {
-                    let head = DeadLetter::decode(&found.head[..]).expect("a letter");
-                    assert_eq!((head.id, head.payload_size), (1, 5_000));
-                    assert!(found.body == pattern(1, 5_000));
-                }
+                let mut first = server(unique_name(), &files, Some(point)).await;
+                let client = first.client().await;
+                let item = poison(1, 5_000).with_subscription("mine");
+                // The receipt may come or not: that the supervisor died shows that the item was accepted.
+                let _ = soon("an answer", client.submit(tokio_stream::iter([item]))).await;
+                first.ended().await;
+                let left = first.leave();
+                let object = File::options().read(true).write(true).open(left.segment()).expect("it is left");
+                let segment = Segment::attach(&object, &left.name, Slot::Front(0)).expect("a segment");
+                assert_eq!(segment.letters().expect("they are kept").range(), (0, filed), "{point}");
+
+                let next = server(left.name.clone(), &files, None).await;
+                let client = next.client().await;
+                let says = if filed == 1 { "its workers died of it: forkring dead list" } else { "SIGKILL" };
+                assert_refused(failure(update(&client, "mine").await), CRASHED, says);
+                assert_eq!(numbers(&client).await, [1], "{point}");
+                let found = letter(&client, 1).await;
+                assert!(found.payload == pattern(1, 5_000));
+                assert_eq!((found.id, found.subscription.as_deref()), (1, Some("mine")));
+                next.drain().await;
             });
         }
     }

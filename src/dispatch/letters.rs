@@ -1,8 +1,8 @@
 //! Dead letters: what becomes of an item that killed all the workers that it was given to.
 //!
 //! The sweep files it before it completes the item, while its payload is still in the request arena, so that an item whose
-//! client is told that it is over can be looked at and requeued. A sweep that was cut short in between finds the letter
-//! there when it is run again: the log tells items apart.
+//! client is told that it is over can be looked at and requeued. Whoever takes over from a supervisor that died in between
+//! finds the letter there and files no other: the log tells items apart.
 //!
 //! A letter's head is the proto's own `DeadLetter` without number and payload. How an item's earlier workers died is
 //! private memory of the supervisor: a successor of it knows how many they were, which the item's word says.
@@ -255,7 +255,7 @@ mod tests {
     }
 
     #[test]
-    fn a_sweep_that_is_run_again_files_the_letter_once() {
+    fn a_letter_is_filed_once_by_however_many_sweeps() {
         let mut rig = rig("again");
         let payload = [7; 5000];
         let index = rig.claim(42, &payload);
