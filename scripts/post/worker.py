@@ -1,9 +1,15 @@
-"""The post's worker: takes an item, works on it, puts the result back. The work is an echo."""
+"""The post's worker: takes an item, works on it, puts the result back. The work is an echo, after $WORK_SECONDS if set."""
 
 import asyncio
+import os
+import time
+
+WORK = float(os.environ.get("WORK_SECONDS", 0))
 
 
 async def echo(item):
+    if WORK:
+        time.sleep(WORK)
     # proto3's JSON form leaves out what is empty.
     return {"id": item.get("id", "0"), "payload": item.get("payload", "")}
 
