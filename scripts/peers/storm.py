@@ -27,6 +27,7 @@ KILL_EVERY = 0.5
 CLIENTS = 8
 PATIENCE = 5.0
 START_TIMEOUT = 30
+STOP_TIMEOUT = 5
 
 
 def compile_proto(folder):
@@ -67,11 +68,16 @@ def descendants(root):
     return below
 
 
+def semaphores():
+    return set(Path("/dev/shm").glob("sem.mp-*"))
+
+
 class Peer:
     """A server under test. `answers` is called with each id that comes back."""
 
     def __init__(self, name, command, is_worker, env=None):
         self.name, self.is_worker = name, is_worker
+        self.before = semaphores()
         environment = {**os.environ, "WORK_SECONDS": str(WORK), **(env or {})}
         # A session of its own, so that all of it can be ended.
         self.log = tempfile.TemporaryFile()
@@ -90,12 +96,23 @@ class Peer:
         return sorted(pid for pid, command in descendants(self.process.pid) if self.is_worker(command))
 
     def stop(self):
-        for pid in [pid for pid, _ in descendants(self.process.pid)] + [self.process.pid]:
+        # Asked first, so that it tidies up behind itself.
+        below = [pid for pid, _ in descendants(self.process.pid)]
+        self.process.terminate()
+        try:
+            self.process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            pass
+        left = {pid for pid, _ in descendants(self.process.pid)} | {pid for pid in below if pid in processes()}
+        for pid in [*left, self.process.pid]:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:
                 pass
         self.process.wait()
+        # What multiprocessing leaves behind of workers that were killed.
+        for semaphore in semaphores() - self.before:
+            semaphore.unlink(missing_ok=True)
 
 
 class Forkring(Peer):
