@@ -1,8 +1,14 @@
-//! Places where a test may kill this process: between any two shared steps.
+//! Places where a test may kill a process: between any two shared steps.
 //!
-//! Without the feature `crash-points` a `crash_point!` is nothing. With it, `FORKRING_CRASH=point:n` (several are
-//! separated by commas) sends SIGKILL to the process that passes the point for the n-th time, counted from 1 in each
-//! process.
+//! Without the feature `crash-points` a `crash_point!` is nothing. With it the environment says what happens there:
+//!
+//! | variable | |
+//! |---|---|
+//! | `FORKRING_CRASH=WHO/POINT:N` | SIGKILL for the process WHO when it passes the point for the N-th time, counted from 1 in each process; several are separated by commas |
+//! | `FORKRING_CRASHED=FILE` | only the first such process dies: it makes the file, and whoever finds it there lives on. Without it each successor dies as well |
+//! | `FORKRING_PASSES=FILE` | each pass appends a line `WHO PID POINT` |
+//!
+//! WHO is the name of the process without `forkring-`: `front`, `w0`, `w1`, and `supervisor` for the parent of all.
 
 /// Passes a named point. The name is `module.step`, the step being the one that was just made.
 macro_rules! crash_point {
@@ -14,27 +20,75 @@ macro_rules! crash_point {
 pub(crate) use crash_point;
 
 #[cfg(feature = "crash-points")]
-pub(crate) fn pass(name: &'static str) {
+pub(crate) use armed::pass;
+
+#[cfg(feature = "crash-points")]
+mod armed {
     use std::{
         collections::HashMap,
-        sync::{Mutex, OnceLock},
+        env,
+        ffi::OsString,
+        fs::{self, File, OpenOptions},
+        io::Write,
+        sync::{Mutex, PoisonError},
     };
 
-    /// What is left to pass of each armed point.
-    static ARMED: OnceLock<Mutex<HashMap<String, u64>>> = OnceLock::new();
-    let armed = ARMED.get_or_init(|| {
-        let spec = std::env::var("FORKRING_CRASH").unwrap_or_default();
-        let points = spec.split(',').filter_map(|one| {
-            let (point, n) = one.rsplit_once(':')?;
-            Some((point.to_owned(), n.parse().ok()?))
-        });
-        Mutex::new(points.collect())
-    });
-    let mut armed = armed.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-    if let Some(left) = armed.get_mut(name) {
-        *left = left.saturating_sub(1);
-        if *left == 0 {
-            crate::process::die();
+    use crate::process;
+
+    /// What one process knows of its points.
+    struct Armed {
+        pid: u32,
+        who: String,
+        /// What is left to pass of each point at which this process dies.
+        left: HashMap<String, u64>,
+        crashed: Option<OsString>,
+        passes: Option<File>,
+    }
+
+    impl Armed {
+        fn new() -> Self {
+            let comm = fs::read_to_string("/proc/self/comm").unwrap_or_default();
+            let who = comm.trim_end().strip_prefix("forkring-").unwrap_or("supervisor").to_owned();
+            let spec = env::var("FORKRING_CRASH").unwrap_or_default();
+            let points = spec.split(',').filter_map(|one| {
+                let (point, n) = one.strip_prefix(&who)?.strip_prefix('/')?.rsplit_once(':')?;
+                Some((point.to_owned(), n.parse().ok()?))
+            });
+            let passes = env::var_os("FORKRING_PASSES").map(|file| {
+                OpenOptions::new()
+                    .append(true)
+                    .create(true)
+                    .open(&file)
+                    .unwrap_or_else(|error| panic!("{file:?}: {error}"))
+            });
+            Armed {
+                pid: std::process::id(),
+                left: points.collect(),
+                crashed: env::var_os("FORKRING_CRASHED"),
+                passes,
+                who,
+            }
         }
+
+        fn pass(&mut self, name: &str) {
+            if let Some(passes) = &mut self.passes {
+                // One write, so that the lines of several processes do not mix.
+                let line = format!("{} {} {name}\n", self.who, self.pid);
+                passes.write_all(line.as_bytes()).unwrap_or_else(|error| panic!("FORKRING_PASSES: {error}"));
+            }
+            let Some(left) = self.left.get_mut(name) else { return };
+            *left = left.saturating_sub(1);
+            if *left == 0 && self.crashed.as_ref().is_none_or(|file| File::create_new(file).is_ok()) {
+                process::die();
+            }
+        }
+    }
+
+    pub(crate) fn pass(name: &'static str) {
+        static ARMED: Mutex<Option<Armed>> = Mutex::new(None);
+        let mut armed = ARMED.lock().unwrap_or_else(PoisonError::into_inner);
+        // A forked child starts to count anew.
+        let mine = armed.take().filter(|armed| armed.pid == std::process::id());
+        armed.insert(mine.unwrap_or_else(Armed::new)).pass(name);
     }
 }

@@ -164,11 +164,13 @@ impl Supervisor {
             // From now on there may be something in it that must outlive this process, however it ends.
             self.owner.disown();
             self.segment.open_gate();
+            crash_point!("supervisor.opened");
             tracing::info!(name = self.owner.name(), workers = self.seats.len() - 1, "serving");
             result = self.supervise(signals);
         }
         // After a drain nobody is left; after an error or a second signal this is the end of them.
         let left = self.kill_all();
+        crash_point!("supervisor.ended");
         let Left { pending, done } = Left::of(&self.segment);
         let letters = self.segment.letter_log().map_or(0, |log| log.count());
         // A drain has seen to all that was pending, and to the results for which there were subscribers.
@@ -218,6 +220,7 @@ impl Supervisor {
                     let Some(mut worker) = Worker::attach(segment, topology.clone(), bells, number) else {
                         return EXIT_HOPELESS;
                     };
+                    crash_point!("worker.attached");
                     let pool = topology.pool_of(number).map_or(0, usize::from);
                     worker::run(
                         &mut worker,
@@ -229,6 +232,7 @@ impl Supervisor {
                 Slot::Front(number) => {
                     let names = pools.iter().map(|pool| pool.name.clone()).collect();
                     let (front, adopted) = Front::attach(segment, topology, bells.clone(), number);
+                    crash_point!("front.attached");
                     front::run(front, adopted, bells.front(number), listener, names, config)
                 }
                 Slot::Supervisor => Ok(()),
@@ -244,6 +248,7 @@ impl Supervisor {
         crash_point!("supervisor.forked");
         seat.started = Instant::now();
         self.segment.set_liveness(slot, Liveness::Live(child.pid()));
+        crash_point!("supervisor.registered");
         tracing::debug!(process = seat.name, pid = child.pid(), "started");
         seat.child = Some(child);
         if let Slot::Worker(_) = slot {
@@ -361,7 +366,9 @@ impl Supervisor {
         crash_point!("supervisor.swept");
         let pid = child.pid();
         child.reap()?;
+        crash_point!("supervisor.reaped");
         self.segment.set_liveness(slot, Liveness::Free);
+        crash_point!("supervisor.freed");
         self.ring_fronts();
 
         let seat = &mut self.seats[at];

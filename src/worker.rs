@@ -19,6 +19,7 @@ use tonic::Code;
 
 use crate::{
     config::Spin,
+    crash_point::crash_point,
     dispatch::{Claimed, Failure, Worker},
     handler::Handler,
     process::now,
@@ -43,6 +44,7 @@ pub fn run(worker: &mut Worker<'_>, handler: &mut dyn Handler, spin: Spin, max_r
             done = Some(handle(worker, handler, claimed, done.unwrap_or_else(now), max_result));
             (slept, was_idle) = (false, false);
         } else if worker.segment().stage() == Stage::Stopping {
+            crash_point!("worker.stopped");
             return Ok(());
         } else if !was_idle && wait_spinning(worker, &mut spinner) {
             was_idle = true;
@@ -112,6 +114,7 @@ fn handle<'s>(
     };
     // The handler may leave its own state inconsistent when it panics; that is the same trade as a thread pool's.
     let outcome = panic::catch_unwind(AssertUnwindSafe(|| handler.handle(&item, &mut reply)));
+    crash_point!("worker.handled");
     drop(item);
     match outcome {
         Ok(Ok(())) => {

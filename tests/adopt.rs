@@ -349,7 +349,7 @@ fn of_two_that_start_at_once_one_wins() {
 #[cfg(feature = "crash-points")]
 async fn crash(left: &Left, args: &[&str], point: &str) {
     let mut command = serve_command(&left.name, args);
-    command.env("FORKRING_CRASH", point);
+    command.env("FORKRING_CRASH", format!("supervisor/{point}"));
     let outcome = finish(command, b"").await;
     assert_eq!(outcome.code, None, "{point} was not passed: {}", outcome.stderr);
 }

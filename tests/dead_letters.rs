@@ -433,8 +433,8 @@ mod deaths {
 
     use super::*;
 
-    /// A server whose handler kills its worker until there is a file `mended`, and whose processes die when they pass a
-    /// point for the first time.
+    /// A server whose handler kills its worker until there is a file `mended`, and of which a process dies when it passes
+    /// a point for the first time.
     async fn server(name: String, files: &Files, point: Option<&str>) -> Server {
         let handler =
             format!("--pool=always_crash=exec:sh -c 'test -e {} || kill -9 $PPID; cat'", files.name("mended"));
@@ -448,7 +448,7 @@ mod deaths {
 
     #[test]
     fn a_front_that_dies_while_it_requeues_loses_nothing() {
-        for (point, left) in [("dead.offered", &[1][..]), ("dead.gone", &[])] {
+        for (point, left) in [("front/dead.offered", &[1][..]), ("front/dead.gone", &[])] {
             run(async {
                 let files = Files::new();
                 let server = server(unique_name(), &files, Some(point)).await;
@@ -471,7 +471,9 @@ mod deaths {
 
     #[test]
     fn a_supervisor_that_dies_while_it_files_leaves_a_whole_letter_or_none_and_its_successor_files_no_second() {
-        for (point, filed) in [("dead.evicted", 0), ("dead.written", 0), ("dead.filed", 1)] {
+        for (point, filed) in
+            [("supervisor/dead.evicted", 0), ("supervisor/dead.written", 0), ("supervisor/dead.filed", 1)]
+        {
             run(async {
                 let files = Files::new();
                 let mut first = server(unique_name(), &files, Some(point)).await;

@@ -234,10 +234,12 @@ impl<'s> Front<'s> {
         // The oldest first, as it would have been. Each time is read once: it may change, if a worker runs wild.
         front.unhinted.sort_by_cached_key(|&index| segment.item(index).offered.load(Relaxed));
         segment.rescan(number).fetch_or(1, Release);
+        crash_point!("attach.scanned");
         // What was freed just now a worker may wait for.
         for worker in 0..geometry.workers as u16 {
             wake(segment, &front.bells, Slot::Worker(worker));
         }
+        crash_point!("attach.told");
         (front, adopted)
     }
 
@@ -255,11 +257,13 @@ impl<'s> Front<'s> {
                     if word.with(Phase::Free, 0).exchange(&record.word, word).is_err() {
                         continue;
                     }
+                    crash_point!("attach.cancelled");
                     return false;
                 }
                 Phase::Claimed if !submitted => record.cancel(word.generation()),
                 Phase::Done if !submitted => {
                     word.with(Phase::Free, 0).store(&record.word, word);
+                    crash_point!("attach.freed");
                     return false;
                 }
                 Phase::Claimed | Phase::Done => {}
@@ -457,6 +461,7 @@ impl<'s> Front<'s> {
             let pool = pools.trailing_zeros() as u16;
             pools &= pools - 1;
             wake_worker(self.segment, &self.topology, &self.bells, pool);
+            crash_point!("offer.told");
         }
     }
 
@@ -549,6 +554,7 @@ impl<'s> Front<'s> {
     fn scan(&mut self) {
         // I2': pairs with I2, and before the look: whoever sets it again later has completed something later.
         self.segment.rescan(self.number).swap(0, AcqRel);
+        crash_point!("scan.begun");
         for index in self.first..self.first + self.known.len() as u32 {
             let word = Word::load(&self.segment.item(index).word);
             match (word.phase(), self.known_mut(index).state) {
@@ -641,6 +647,7 @@ impl<'s> Front<'s> {
         if in_arena && u32::from(word.owner()) < self.segment.geometry().workers {
             // It may wait for room in its result arena.
             wake(self.segment, &self.bells, Slot::Worker(word.owner()));
+            crash_point!("release.told");
         }
         self.forget(index);
     }
@@ -666,6 +673,7 @@ impl<'s> Front<'s> {
                 }
                 Phase::Claimed => {
                     record.cancel(word.generation());
+                    crash_point!("cancel.flagged");
                     // If its worker died meanwhile and it was given back, cancel it again.
                     if Word::load(&record.word).generation() == word.generation() {
                         return;

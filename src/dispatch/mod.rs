@@ -42,6 +42,7 @@ pub use worker::{Claimed, Item, Worker};
 use std::sync::Arc;
 
 use crate::{
+    crash_point::crash_point,
     doorbell::Bell,
     segment::{PRIORITIES, Segment, Slot},
 };
@@ -117,6 +118,7 @@ fn ring(bell: &Bell) {
     if let Err(error) = bell.ring() {
         tracing::error!(%error, "cannot ring a doorbell");
     }
+    crash_point!("doorbell.rung");
 }
 
 /// Wakes one idle worker of a pool, if there is one. Call it after pushing: it has the waker's fence.

@@ -37,6 +37,7 @@ pub fn sweep_worker(
     if let Some(pool) = topology.pool_of(worker) {
         // It sleeps no more: let nobody ring it in vain.
         segment.idle(pool).leave(usize::from(worker - topology.workers(pool).0));
+        crash_point!("sweep.left");
     }
     for index in 0..segment.geometry().items {
         let record = segment.item(index);
@@ -72,7 +73,9 @@ pub fn sweep_worker(
         // I2: pairs with I2' in the front's scan.
         segment.rescan(front as u16).fetch_or(1, Release);
     }
+    crash_point!("sweep.told");
     bells.ring_all();
+    crash_point!("sweep.rung");
     swept
 }
 
@@ -101,7 +104,9 @@ pub fn sweep_front(segment: &Segment, bells: &Bells, number: u16) {
         let word = Word::load(&record.word);
         if word.phase() == Phase::Claimed && !front::is_submitted(record) {
             record.cancel(word.generation());
+            crash_point!("sweep.cancelled");
         }
     }
     bells.ring_all();
+    crash_point!("sweep.front");
 }

@@ -243,6 +243,7 @@ impl<'s> Worker<'s> {
         }
         // Two may begin at once and be one too many for a moment: it is only a matter of speed.
         spinning[self.bit / 64].fetch_or(1 << (self.bit % 64), Relaxed);
+        crash_point!("spin.begun");
         true
     }
 

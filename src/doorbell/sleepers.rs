@@ -56,7 +56,10 @@ impl<'a> Sleepers<'a> {
     pub fn leave(&self, bit: usize) -> bool {
         let mask = 1 << (bit % 64);
         // A waker may have been here first: then there is nothing left to write.
-        self.words[bit / 64].load(Relaxed) & mask != 0 && self.words[bit / 64].fetch_and(!mask, Relaxed) & mask != 0
+        let left = self.words[bit / 64].load(Relaxed) & mask != 0
+            && self.words[bit / 64].fetch_and(!mask, Relaxed) & mask != 0;
+        crash_point!("doorbell.left");
+        left
     }
 
     /// The waker's half, after publishing: whom to ring, if anybody sleeps. Always the lowest bit, so that the same

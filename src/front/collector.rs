@@ -19,6 +19,7 @@ use tonic_health::{ServingStatus, server::HealthReporter};
 use super::hub::Hub;
 use crate::{
     config::Spin,
+    crash_point::crash_point,
     doorbell::AsyncBell,
     process::now,
     segment::{Liveness, Slot, Stage},
@@ -58,6 +59,7 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
                     }
                     hub.draining.send_replace(true);
                     hub.wake_all();
+                    crash_point!("front.draining");
                 }
             }
         }

@@ -18,6 +18,7 @@ use tokio::sync::{Notify, watch};
 
 use crate::{
     config::Config,
+    crash_point::crash_point,
     dispatch::{Adopted, Completion, Failure, Front, Kind, Offer, OfferError, Request},
     process::now,
     segment::{INLINE, PRIORITIES},
@@ -454,6 +455,7 @@ impl Hub {
             count += 1;
             first = first.min(completion.times[2]);
             let owner = self.owners.borrow_mut()[completion.index as usize].take();
+            crash_point!("hub.collected");
             match owner {
                 Some(Owner::Rpc(mailbox)) => mailbox.deliver(Ending::Completed(completion)),
                 Some(Owner::Subscription(subscription)) => {

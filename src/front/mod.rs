@@ -34,6 +34,7 @@ use tokio::runtime::{Builder, LocalOptions};
 
 use crate::{
     config::Config,
+    crash_point::crash_point,
     dispatch::{Adopted, Front},
     doorbell::{AsyncBell, Bell},
 };
@@ -63,6 +64,7 @@ pub fn run(
             collected = collector::run(&hub, &bell, reporter, config.spin) => collected.map(|never| match never {}),
             served = serve => served,
         }?;
+        crash_point!("front.drained");
         if let (_, results @ 1..) = hub.undelivered() {
             tracing::warn!(results, "results that no subscriber fetched are gone");
         }

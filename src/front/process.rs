@@ -21,6 +21,7 @@ use super::{
     output,
     status::Refusal,
 };
+use crate::crash_point::crash_point;
 
 /// Items that one poll reads before it looks at the results.
 const BURST: usize = 256;
@@ -65,6 +66,7 @@ impl ProcessBody {
             return Poll::Ready(None);
         }
         if let Some(bytes) = self.frames.pop_front() {
+            crash_point!("process.sent");
             return Poll::Ready(Some(Frame::data(bytes)));
         }
         if self.hub.is_draining() && !self.closed {
@@ -74,6 +76,7 @@ impl ProcessBody {
         let reading = !self.closed && self.read(cx);
         self.write();
         if let Some(bytes) = self.frames.pop_front() {
+            crash_point!("process.sent");
             return Poll::Ready(Some(Frame::data(bytes)));
         }
         if self.closed && self.in_flight == 0 {

@@ -15,6 +15,7 @@ use super::{
     unary::UnaryBody,
     wire::encode_message,
 };
+use crate::crash_point::crash_point;
 use crate::proto::v1::{Rejection, Status as ItemStatus, SubmitReceipt};
 
 /// Refusals that the receipt tells of.
@@ -64,6 +65,7 @@ pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
             }
         }
     }
+    crash_point!("submit.accepted");
     let mut message = BytesMut::new();
     encode_message(&mut message, &receipt);
     Ok(UnaryBody::new(message.freeze()))

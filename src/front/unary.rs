@@ -13,6 +13,7 @@ use super::{
     output,
     status::Refusal,
 };
+use crate::crash_point::crash_point;
 
 /// The item of a call. If the call goes away, the item is cancelled.
 struct Waiting {
@@ -35,6 +36,7 @@ pub async fn call(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UnaryBo
     let ending = poll_fn(|cx| waiting.mailbox.poll(cx.waker())).await;
     let mut message = BytesMut::new();
     let rest = output::encode_call(&hub, ending, &mut message)?;
+    crash_point!("call.encoded");
     Ok(UnaryBody { message: Some(message.freeze()), rest, ended: false })
 }
 

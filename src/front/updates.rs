@@ -27,7 +27,7 @@ use super::{
     hub::{Hub, Subscription},
     output,
 };
-use crate::{dispatch::Completion, proto::v1::GetUpdatesRequest};
+use crate::{crash_point::crash_point, dispatch::Completion, proto::v1::GetUpdatesRequest};
 
 /// Batches that HTTP/2 has let go of, by number, and the subscriber to tell.
 #[derive(Debug, Default)]
@@ -97,12 +97,14 @@ impl UpdatesBody {
             self.write();
         }
         if let Some(bytes) = self.frames.pop_front() {
+            crash_point!("updates.sent");
             return Poll::Ready(Some(Frame::data(bytes)));
         }
         // The end of the stream must not overtake the proof that the last result was written.
         let over = self.left == 0 || self.hub.is_draining() && self.subscription.is_done();
         if over && self.unwritten.is_empty() {
             self.ended = true;
+            crash_point!("updates.ended");
             return Poll::Ready(Some(Frame::trailers(output::trailers(Ok(())))));
         }
         self.subscription.keep(cx.waker());
@@ -116,6 +118,7 @@ impl UpdatesBody {
         let mut payload = None;
         while out.len() < output::FRAME && self.left > 0 && payload.is_none() {
             let Some(completion) = self.subscription.take() else { break };
+            crash_point!("updates.taken");
             payload = output::encode_kept(&self.hub, &completion, &mut out);
             results.push(completion);
             self.left -= 1;
@@ -143,6 +146,7 @@ impl UpdatesBody {
             std::mem::take(&mut batches.0)
         };
         for batch in written {
+            crash_point!("updates.written");
             let Some(at) = self.unwritten.iter().position(|(number, _)| *number == batch) else { continue };
             for completion in self.unwritten.remove(at).into_iter().flat_map(|(_, results)| results) {
                 self.hub.release_submitted(&completion);

@@ -127,6 +127,7 @@ impl<'a> Lane<'a> {
                     if cell.compare_exchange(seen, self.full(tail, hint), Release, Relaxed).is_ok() {
                         crash_point!("lane.pushed");
                         let _ = self.tail.compare_exchange(tail, tail.wrapping_add(1), Relaxed, Relaxed);
+                        crash_point!("lane.told");
                         return Ok(());
                     }
                 }
@@ -174,6 +175,7 @@ impl<'a> Lane<'a> {
                     let _ = cell.compare_exchange(seen, next, Release, Relaxed);
                     crash_point!("lane.emptied");
                     let _ = self.head.compare_exchange(head, head.wrapping_add(1), Relaxed, Relaxed);
+                    crash_point!("lane.taken");
                     if claimed {
                         return Some(hint);
                     }

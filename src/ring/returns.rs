@@ -114,6 +114,7 @@ impl<'a> Consumer<'a> {
         if self.position & (self.entries.len() as u64 / 4).saturating_sub(1) == 0 {
             // R1: the entries before it have been read and may be overwritten.
             self.head.store(self.position, Release);
+            crash_point!("returns.told");
         }
         Some((seen & INDEX_MASK) as u32)
     }

@@ -450,7 +450,9 @@ impl Segment {
             }
             Liveness::Dead => 2,
         };
+        crash_point!("registry.written");
         line.state.store(state, Release);
+        crash_point!("registry.stated");
         self.header().epoch.fetch_add(1, Release);
     }
 
@@ -471,6 +473,7 @@ impl Segment {
     /// The supervisor's: from now on the server is in this stage. Ring everybody after it.
     pub fn set_stage(&self, stage: Stage) {
         self.header().stage.store(stage as u32, Release);
+        crash_point!("segment.staged");
         self.header().epoch.fetch_add(1, Release);
     }
 
