@@ -2,6 +2,7 @@
 //! ways to wait for something instead of some time.
 #![allow(dead_code)] // Each test file uses its own part of it.
 
+pub mod audit;
 pub mod files;
 pub mod processes;
 pub mod program;
@@ -27,10 +28,10 @@ pub use server::Server;
 pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Runs a test on a runtime of its own thread, and ends it if it hangs.
-pub fn run(test: impl Future<Output = ()>) {
+pub fn run<T>(test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
     let ended = runtime.block_on(async { tokio::time::timeout(3 * PATIENCE, test).await });
-    ended.expect("the test hangs");
+    ended.expect("the test hangs")
 }
 
 /// Looks until there is what is looked for.

@@ -42,6 +42,13 @@ pub fn is_alive(pid: i32) -> bool {
     look(pid).is_some()
 }
 
+/// When a process started, in clock ticks since boot.
+pub fn start_time(pid: i32) -> Option<u64> {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
+    // Field 22; the third is the first behind the name.
+    stat.rsplit_once(')')?.1.split_whitespace().nth(19)?.parse().ok()
+}
+
 /// Sends a signal to a process that is known to be there.
 pub fn signal(pid: i32, signal: Signal) {
     kill(Pid::from_raw(pid), signal).expect("the process is there");

@@ -126,21 +126,41 @@ impl Server {
     }
 
     /// Starts a server that prints `listening on ADDRESS`, and waits for that.
-    pub async fn start(name: String, mut command: Command, output: Files) -> Self {
+    pub async fn start(name: String, command: Command, output: Files) -> Self {
+        Self::try_start(name, command, output).await.unwrap_or_else(|mut ended| {
+            let status = ended.has_ended();
+            panic!("the server ended: {status:?}\n{}", ended.log())
+        })
+    }
+
+    /// The same; what is left of it, if it ended before that.
+    pub async fn try_start(name: String, mut command: Command, output: Files) -> Result<Self, Self> {
         let file = |name| File::create(output.path(name)).expect("a file for the output");
         command.stdin(Stdio::null()).stdout(file("stdout")).stderr(file("stderr"));
         let child = command.spawn().expect("the program");
         let mut server = Server { name, addr: String::new(), child, output, over: false, left: false };
-        server.addr = until("the line `listening on`", || server.listening()).await;
-        server
+        match until("the line `listening on`", || server.listening()).await {
+            Some(addr) => {
+                server.addr = addr;
+                Ok(server)
+            }
+            None => Err(server),
+        }
     }
 
-    fn listening(&mut self) -> Option<String> {
-        let ended = self.child.try_wait().expect("our child");
+    /// Where it listens, once it does; none, if it never will.
+    fn listening(&mut self) -> Option<Option<String>> {
+        let ended = self.has_ended();
         let lines = self.output.lines("stdout");
         let found = lines.iter().find_map(|line| line.strip_prefix("listening on ")).map(str::to_owned);
-        assert!(found.is_some() || ended.is_none(), "the server ended: {ended:?}\n{}", self.log());
-        found
+        (found.is_some() || ended.is_some()).then_some(found)
+    }
+
+    /// How the supervisor has ended, if it has.
+    pub fn has_ended(&mut self) -> Option<ExitStatus> {
+        let ended = self.child.try_wait().expect("our child");
+        self.over |= ended.is_some();
+        ended
     }
 
     pub async fn client(&self) -> Client {
@@ -191,9 +211,7 @@ impl Server {
 
     /// Waits until the supervisor has ended by itself.
     pub async fn ended(&mut self) -> ExitStatus {
-        let status = until("the end of the server", || self.child.try_wait().expect("our child")).await;
-        self.over = true;
-        status
+        until("the end of the server", || self.has_ended()).await
     }
 
     /// Ends it in order: everything was finished, nobody is left, nothing is left. What it logged.

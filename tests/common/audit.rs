@@ -1,0 +1,330 @@
+//! Conservation, audited from the bytes of a segment by code that is not the server's: it decodes the format as
+//! `docs/design.md` documents it and shares no definition with what it audits.
+//!
+//! It reads a copy. So what it says holds for a segment at rest, and whoever asks while something is under way asks
+//! again.
+
+use std::{collections::BTreeMap, fmt, fs, path::Path};
+
+use super::{Server, processes};
+
+const MAGIC: &[u8] = b"forkring";
+const BLOCK: u64 = 128;
+const PAGE: u64 = 4096;
+const PRIORITIES: u64 = 4;
+const RECORD: u64 = 256;
+const INLINE: u64 = 64;
+/// The owner of an item that the supervisor completed.
+const SUPERVISOR: u64 = 0xfff;
+
+/// Phases of an item.
+pub const FREE: u64 = 0;
+pub const READY: u64 = 1;
+pub const CLAIMED: u64 = 2;
+pub const DONE: u64 = 3;
+
+/// An item's word, taken apart.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct Word {
+    pub generation: u64,
+    pub lane: u64,
+    pub owner: u64,
+    pub phase: u64,
+    pub attempts: u64,
+}
+
+impl fmt::Debug for Word {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let phase = ["FREE", "READY", "CLAIMED", "DONE"].get(self.phase as usize).unwrap_or(&"?");
+        let Word { generation, lane, owner, attempts, .. } = self;
+        write!(f, "{phase}, generation {generation}, lane {lane}, owner {owner}, attempts {attempts}")
+    }
+}
+
+/// A copy of a segment.
+pub struct Copy {
+    bytes: Vec<u8>,
+    items: u64,
+    fronts: u64,
+    workers: u64,
+    pools: u64,
+    request_bytes: u64,
+    result_bytes: u64,
+    lines: u64,
+    registry: u64,
+    doors: u64,
+    idle: u64,
+    lanes: u64,
+    lane_cells: u64,
+    returns: u64,
+    return_entries: u64,
+    table: u64,
+}
+
+impl Copy {
+    /// Reads a segment; what is wrong with its header, if anything is.
+    pub fn read(path: &Path) -> Result<Self, String> {
+        let bytes = fs::read(path).map_err(|error| format!("cannot read {path:?}: {error}"))?;
+        if bytes.len() < PAGE as usize || &bytes[..8] != MAGIC {
+            return Err("no header".to_owned());
+        }
+        let mut copy = Copy {
+            bytes,
+            items: 0,
+            fronts: 0,
+            workers: 0,
+            pools: 0,
+            request_bytes: 0,
+            result_bytes: 0,
+            lines: 0,
+            registry: 0,
+            doors: 0,
+            idle: 0,
+            lanes: 0,
+            lane_cells: 0,
+            returns: 0,
+            return_entries: 0,
+            table: 0,
+        };
+        copy.items = copy.u32(48);
+        copy.fronts = copy.u32(52);
+        copy.workers = copy.u32(56);
+        copy.pools = copy.u32(60);
+        copy.request_bytes = copy.u64(64);
+        copy.result_bytes = copy.u64(72);
+        copy.lane_cells = (2 * copy.items).next_power_of_two();
+        copy.return_entries = copy.items.next_power_of_two().min(4096);
+        // The parts follow each other, each from a multiple of its alignment on.
+        let mut end = PAGE;
+        let mut place = |bytes: u64, align: u64| {
+            let start = end.next_multiple_of(align);
+            end = start + bytes;
+            start
+        };
+        let participants = 1 + copy.fronts + copy.workers;
+        copy.lines = place(copy.pools * BLOCK, BLOCK);
+        copy.registry = place(participants * BLOCK, BLOCK);
+        copy.doors = place(participants * BLOCK, BLOCK);
+        copy.idle = place(copy.pools * BLOCK, BLOCK);
+        copy.lanes = place(copy.pools * PRIORITIES * copy.lane_stride(), BLOCK);
+        copy.returns = place(copy.workers * copy.fronts * copy.return_stride(), BLOCK);
+        copy.table = place(copy.items * RECORD, RECORD);
+        place(0, PAGE);
+        let (letter_bytes, letters) = (copy.u64(80), copy.u64(80) / 1024);
+        if letters > 0 {
+            place(BLOCK + (48 * letters).next_multiple_of(BLOCK) + letter_bytes, PAGE);
+        }
+        place(8 * letters, PAGE);
+        place(copy.fronts * copy.request_bytes, PAGE);
+        place(copy.workers * copy.result_bytes, PAGE);
+        let total = place(0, PAGE);
+        if total != copy.bytes.len() as u64 {
+            return Err(format!("{} bytes, and by its geometry {total}", copy.bytes.len()));
+        }
+        Ok(copy)
+    }
+
+    fn u64(&self, at: u64) -> u64 {
+        let at = at as usize;
+        u64::from_le_bytes(self.bytes[at..at + 8].try_into().expect("eight bytes"))
+    }
+
+    fn u32(&self, at: u64) -> u64 {
+        let at = at as usize;
+        u32::from_le_bytes(self.bytes[at..at + 4].try_into().expect("four bytes")).into()
+    }
+
+    fn lane_stride(&self) -> u64 {
+        2 * BLOCK + (8 * self.lane_cells).next_multiple_of(BLOCK)
+    }
+
+    fn return_stride(&self) -> u64 {
+        BLOCK + (8 * self.return_entries).next_multiple_of(BLOCK)
+    }
+
+    fn record(&self, item: u64) -> u64 {
+        self.table + item * RECORD
+    }
+
+    /// The word of an item.
+    pub fn word(&self, item: u64) -> Word {
+        let word = self.u64(self.record(item));
+        Word {
+            generation: word >> 36,
+            lane: word >> 28 & 0xff,
+            owner: word >> 16 & 0xfff,
+            phase: word >> 8 & 0xff,
+            attempts: word & 0xff,
+        }
+    }
+
+    /// The client's id of an item.
+    pub fn id(&self, item: u64) -> u64 {
+        self.u64(self.record(item) + 8)
+    }
+
+    /// The items that are not FREE.
+    pub fn in_use(&self) -> BTreeMap<u64, Word> {
+        (0..self.items).map(|item| (item, self.word(item))).filter(|(_, word)| word.phase != FREE).collect()
+    }
+
+    /// What is wrong in a segment in which nobody is in the middle of something.
+    pub fn faults(&self) -> Vec<String> {
+        let mut faults = Vec::new();
+        self.check_lanes(&mut faults);
+        self.check_returns(&mut faults);
+        self.check_blocks(&mut faults);
+        faults
+    }
+
+    /// What is wrong in one with nothing to do in it, whose hints have all been looked at since the last death.
+    pub fn faults_when_idle(&self) -> Vec<String> {
+        let mut faults = self.faults();
+        faults.extend(self.in_use().iter().map(|(item, word)| format!("item {item}, id {}: {word:?}", self.id(*item))));
+        for lane in 0..self.pools * PRIORITIES {
+            let (head, tail) = self.lane_ends(lane);
+            if head != tail {
+                faults.push(format!("lane {lane} holds {} hints", tail.wrapping_sub(head)));
+            }
+        }
+        faults
+    }
+
+    fn lane_ends(&self, lane: u64) -> (u64, u64) {
+        let at = self.lanes + lane * self.lane_stride();
+        (self.u64(at), self.u64(at + BLOCK))
+    }
+
+    /// From head to tail the cells are full at their lap, from there on they are empty at theirs; and a hint to an item
+    /// that is READY is in the lane that the item's word names.
+    fn check_lanes(&self, faults: &mut Vec<String>) {
+        let mut hinted = vec![false; self.items as usize];
+        for lane in 0..self.pools * PRIORITIES {
+            let cells = self.lanes + lane * self.lane_stride() + 2 * BLOCK;
+            let (head, tail) = self.lane_ends(lane);
+            if tail.wrapping_sub(head) > self.lane_cells {
+                faults.push(format!("lane {lane} has its head at {head} and its tail at {tail}"));
+                continue;
+            }
+            for ahead in 0..self.lane_cells {
+                let position = head.wrapping_add(ahead);
+                let cell = self.u64(cells + 8 * (position & (self.lane_cells - 1)));
+                let lap = (position / self.lane_cells) & 0x7fff;
+                let full = ahead < tail.wrapping_sub(head);
+                if (cell >> 49, cell >> 48 & 1 == 1) != (lap, full) {
+                    let is = if full { "full" } else { "empty" };
+                    faults.push(format!("lane {lane}, position {position}: {cell:#x} is not {is} at lap {lap}"));
+                }
+                let (generation, item) = (cell >> 20 & 0xfff_ffff, cell & 0xf_ffff);
+                if full && item >= self.items {
+                    faults.push(format!("lane {lane} leads to item {item} of {}", self.items));
+                } else if full {
+                    let word = self.word(item);
+                    hinted[item as usize] |= (word.phase, word.generation, word.lane) == (READY, generation, lane);
+                }
+            }
+        }
+        for (item, word) in self.in_use() {
+            if word.phase == READY && !hinted[item as usize] {
+                faults.push(format!("no hint leads to item {item}: {word:?}"));
+            }
+        }
+    }
+
+    /// Entries have the numbers of the last positions, each in its slot, and none is older than the ring is long.
+    fn check_returns(&self, faults: &mut Vec<String>) {
+        for ring in 0..self.workers * self.fronts {
+            let at = self.returns + ring * self.return_stride();
+            let head = self.u64(at);
+            let entry = |slot| self.u64(at + BLOCK + 8 * slot);
+            let newest = (0..self.return_entries).map(|slot| entry(slot) >> 20).max().unwrap_or(0);
+            if head > newest || newest - head > self.return_entries {
+                faults.push(format!("return ring {ring} has its head at {head} and its newest entry at {newest}"));
+            }
+            for slot in 0..self.return_entries {
+                // The newest position that this slot can have had.
+                let back = (newest.wrapping_sub(slot + 1)) & (self.return_entries - 1);
+                let wanted = newest.saturating_sub(back);
+                let (seen, item) = (entry(slot) >> 20, entry(slot) & 0xf_ffff);
+                if seen != if newest > back { wanted } else { 0 } || item >= self.items {
+                    faults.push(format!("return ring {ring}, slot {slot}: entry {seen} of item {item}, not {wanted}"));
+                }
+            }
+        }
+    }
+
+    /// What items have of the arenas is inside of their partitions, and nobody's overlaps.
+    fn check_blocks(&self, faults: &mut Vec<String>) {
+        let mut blocks: BTreeMap<_, Vec<_>> = BTreeMap::new();
+        for (item, word) in self.in_use() {
+            let record = self.record(item);
+            let front = (item / (self.items / self.fronts)).min(self.fronts - 1);
+            let (payload, extra) = (self.u32(record + 40), self.u32(record + 44));
+            if payload > INLINE && word.phase != DONE {
+                blocks.entry(("request", front)).or_default().push((self.u64(record + 32), payload, item));
+            }
+            if extra > 0 && extra + if payload > INLINE { 0 } else { payload } > INLINE {
+                blocks.entry(("request", front)).or_default().push((self.u64(record + 56), extra, item));
+            }
+            let result = self.u32(record + 132);
+            if word.phase == DONE && word.owner != SUPERVISOR && result > INLINE {
+                blocks.entry(("result", word.owner)).or_default().push((self.u64(record + 136), result, item));
+            }
+        }
+        for ((arena, partition), mut blocks) in blocks {
+            blocks.sort_unstable();
+            let (count, bytes) = match arena {
+                "request" => (self.fronts, self.request_bytes),
+                _ => (self.workers, self.result_bytes),
+            };
+            if partition >= count
+                || blocks.iter().any(|(at, len, _)| at.checked_add(*len).is_none_or(|end| end > bytes))
+            {
+                faults.push(format!("outside of {arena} partition {partition}: {blocks:?}"));
+            }
+            for pair in blocks.windows(2) {
+                if pair[0].0.saturating_add(pair[0].1) > pair[1].0 {
+                    faults.push(format!("in {arena} partition {partition} blocks overlap: {pair:?}"));
+                }
+            }
+        }
+    }
+
+    /// What is wrong with who is there, in a server that waits for work: everybody lives, is known by pid and start time,
+    /// and sleeps where it can be woken.
+    fn faults_of_processes(&self, supervisor: i32) -> Vec<String> {
+        let mut faults = Vec::new();
+        for n in 1..1 + self.fronts + self.workers {
+            let at = self.registry + n * BLOCK;
+            let (state, pid, start) = (self.u32(at), self.u32(at + 4) as i32, self.u64(at + 8));
+            let lives = processes::children(supervisor).iter().any(|child| child.pid == pid);
+            if state != 1 || !lives || processes::start_time(pid) != Some(start) {
+                faults.push(format!("participant {n}: state {state}, pid {pid}, lives: {lives}"));
+            }
+        }
+        for n in 0..1 + self.fronts + self.workers {
+            let door = self.doors + n * BLOCK;
+            let is_front = (1..1 + self.fronts).contains(&n);
+            let (sleeps, rescan) = (self.u64(door), self.u64(door + 8));
+            if (sleeps, rescan) != (is_front.into(), 0) {
+                faults.push(format!("the door of participant {n}: sleeps {sleeps}, rescan {rescan}"));
+            }
+        }
+        for pool in 0..self.pools {
+            let (at, count) = (self.idle + pool * BLOCK, self.u32(self.lines + pool * BLOCK));
+            let words = |at| [0, 1, 2, 3].map(|i| self.u64(at + 8 * i));
+            if words(at) != [(1 << count) - 1, 0, 0, 0] || words(at + 64) != [0; 4] {
+                faults.push(format!("pool {pool}: idle {:?}, spinning {:?}", words(at), words(at + 64)));
+            }
+        }
+        faults
+    }
+}
+
+/// What keeps a server from being at rest: something is in its segment, or somebody is missing.
+pub fn faults_at_rest(server: &Server) -> Vec<String> {
+    match Copy::read(&server.segment()) {
+        Ok(copy) => [copy.faults_when_idle(), copy.faults_of_processes(server.pid())].concat(),
+        Err(fault) => vec![fault],
+    }
+}
