@@ -73,7 +73,8 @@ impl AtomicU64 {
     }
 
     pub fn store(&self, value: u64, order: Ordering) {
-        accessed(self.0.store(value, ordering(order)));
+        self.0.store(value, ordering(order));
+        accessed(());
     }
 
     pub fn swap(&self, value: u64, order: Ordering) -> u64 {

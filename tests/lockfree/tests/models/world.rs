@@ -15,7 +15,7 @@ use loom::thread;
 /// Owners. The sweep is made for the mortal.
 pub const MORTAL: u16 = 1;
 pub const OTHER: u16 = 2;
-const LAST: u16 = 3;
+pub const LAST: u16 = 3;
 
 const FILLED: u64 = 100;
 
