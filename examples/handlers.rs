@@ -30,8 +30,21 @@ struct Options {
     pools: Vec<String>,
 }
 
-const POOLS: [&str; 11] =
-    ["fail", "panic", "big", "buffer", "metadata", "remaining", "count", "crash", "always_crash", "cancel", "hold"];
+const POOLS: [&str; 13] = [
+    "fail",
+    "panic",
+    "big",
+    "buffer",
+    "metadata",
+    "remaining",
+    "count",
+    "crash",
+    "always_crash",
+    "crash_until",
+    "cancel",
+    "hold",
+    "hog",
+];
 
 fn pool(name: &str) -> Option<Pool> {
     Some(match name {
@@ -44,8 +57,10 @@ fn pool(name: &str) -> Option<Pool> {
         "count" => Pool::with_handler(name, Count::default()),
         "crash" => Pool::new(name, crash),
         "always_crash" => Pool::new(name, always_crash),
+        "crash_until" => Pool::new(name, crash_until),
         "cancel" => Pool::new(name, cancel),
         "hold" => Pool::new(name, hold),
+        "hog" => Pool::new(name, hog),
         _ => return None,
     })
 }
@@ -116,6 +131,27 @@ fn always_crash(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failur
         std::process::abort();
     }
     reply.write(item.payload())?;
+    Ok(())
+}
+
+/// Dies of its item until there is a file of the name that the metadata gives. With many `max_attempts` that is a crash
+/// loop, which ends when somebody mends what was wrong.
+fn crash_until(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    if item.metadata("until").is_some_and(|until| !PathBuf::from(until).exists()) {
+        std::process::abort();
+    }
+    write!(reply, "attempt {}", item.attempt())?;
+    Ok(())
+}
+
+/// Takes as many MiB of memory as the payload says, one by one, and writes to each. More than a worker may have
+/// (`worker_memory`) is its death.
+fn hog(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    let mut all = Vec::new();
+    for n in 0..number(item)? {
+        all.push(vec![n as u8 | 1; 1 << 20]);
+    }
+    write!(reply, "{}", all.iter().map(Vec::len).sum::<usize>())?;
     Ok(())
 }
 

@@ -30,6 +30,8 @@ const ARENAS: RangeInclusive<u64> = 1 << 12..=1 << 36;
 const LETTERS: RangeInclusive<u64> = MIN_LETTER_BYTES..=1 << 36;
 /// The largest message that may be allowed: gRPC counts its bytes in 32 bits, and a result's other fields need room.
 pub const MAX_MESSAGE: u64 = u32::MAX as u64 - (1 << 20);
+/// A worker with less could not even start.
+const LEAST_MEMORY: ByteSize = ByteSize::mib(8);
 /// A longer spin than this is a mistake: it would burn a core for nothing.
 const MAX_SPIN: Duration = Duration::from_secs(1);
 
@@ -73,6 +75,13 @@ pub struct Config {
     /// Memory for dead letters: items that killed `max_attempts` workers, until they are requeued or dropped. When it is
     /// full, the oldest make room. Default: 8 MiB; 0 keeps none.
     pub dead_letters: ByteSize,
+    /// How long a worker may take for an item before it is ended and the item counts as one it died of. Default: 0, as long
+    /// as it likes. A pool may have [its own](PoolSpec::item_timeout).
+    #[serde(deserialize_with = "units::duration")]
+    pub item_timeout: Duration,
+    /// How much memory a worker may have beside the segment. Default: 0, no limit. A pool may have
+    /// [its own](PoolSpec::worker_memory).
+    pub worker_memory: ByteSize,
     /// How long a drain may take before it is cut short. Default: 30 s; 0 does not wait.
     #[serde(deserialize_with = "units::duration")]
     pub grace: Duration,
@@ -103,6 +112,8 @@ impl Default for Config {
             workers: available_cores(),
             max_attempts: 3,
             dead_letters: ByteSize::mib(8),
+            item_timeout: Duration::ZERO,
+            worker_memory: ByteSize::new(0),
             grace: Duration::from_secs(30),
             outbox: None,
             max_connections: 4096,
@@ -162,6 +173,16 @@ impl Config {
     /// How many workers the pool has.
     pub fn workers_of(&self, pool: &PoolSpec) -> u16 {
         pool.workers.unwrap_or(self.workers)
+    }
+
+    /// How long the pool's workers may take for an item, if not as long as they like.
+    pub fn item_timeout_of(&self, pool: &PoolSpec) -> Option<Duration> {
+        Some(pool.item_timeout.unwrap_or(self.item_timeout)).filter(|timeout| !timeout.is_zero())
+    }
+
+    /// How much memory each of the pool's workers may have, if there is a limit.
+    pub fn worker_memory_of(&self, pool: &PoolSpec) -> Option<ByteSize> {
+        Some(pool.worker_memory.unwrap_or(self.worker_memory)).filter(|memory| memory.bytes() != 0)
     }
 
     /// Refuses what cannot work.
@@ -225,6 +246,9 @@ impl Config {
                 return Err(ConfigError::DuplicatePool(pool.name.clone()));
             }
             total += u32::from(self.workers_of(pool));
+            if let Some(memory) = self.worker_memory_of(pool).filter(|memory| *memory < LEAST_MEMORY) {
+                return Err(ConfigError::WorkerMemory { pool: pool.name.clone(), memory });
+            }
         }
         if total > MAX_WORKERS {
             return Err(ConfigError::TooManyWorkers(total));
@@ -255,7 +279,7 @@ fn in_range(key: &'static str, value: u32, least: u32, most: u32) -> Result<(), 
 /// assert_eq!((pool.name.as_str(), pool.workers, pool.handler.as_str()), ("count", Some(4), "exec:wc -c"));
 /// # Ok::<(), forkring::config::InvalidValue>(())
 /// ```
-#[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
+#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PoolSpec {
     /// What clients call it: up to 64 of `A-Z a-z 0-9 . _ -`.
@@ -265,6 +289,12 @@ pub struct PoolSpec {
     pub workers: Option<u16>,
     /// What its workers run: `echo`, `sha256`, `sleep:DURATION` or `exec:COMMAND…`.
     pub handler: String,
+    /// How long its workers may take for an item, 0 for as long as they like; `None`: [`Config::item_timeout`].
+    #[serde(default, deserialize_with = "units::some_duration")]
+    pub item_timeout: Option<Duration>,
+    /// How much memory each of its workers may have, 0 for no limit; `None`: [`Config::worker_memory`].
+    #[serde(default)]
+    pub worker_memory: Option<ByteSize>,
 }
 
 impl PoolSpec {
@@ -294,7 +324,7 @@ impl FromStr for PoolSpec {
             Some((name, workers)) => (name, Some(workers.parse().map_err(|_| error())?)),
             None => (head, None),
         };
-        let pool = Self { name: name.to_owned(), workers, handler: handler.to_owned() };
+        let pool = Self { name: name.to_owned(), workers, handler: handler.to_owned(), ..Self::default() };
         pool.validate().map_err(|_| error())?;
         Ok(pool)
     }
@@ -351,6 +381,8 @@ mod tests {
             workers = 3
             max_attempts = 1
             dead_letters = "64KiB"
+            item_timeout = "2s"
+            worker_memory = "1GiB"
             grace = "1m"
             outbox = 10
             max_connections = 7
@@ -365,6 +397,8 @@ mod tests {
             [[pool]]
             name = "count"
             handler = "exec:wc -c"
+            item_timeout = 0
+            worker_memory = "8MiB"
         "#;
         let config = Config {
             listen: "[::1]:7000".parse().expect("the test's own address"),
@@ -377,14 +411,29 @@ mod tests {
             workers: 3,
             max_attempts: 1,
             dead_letters: ByteSize::new(64 << 10),
+            item_timeout: Duration::from_secs(2),
+            worker_memory: ByteSize::mib(1024),
             grace: Duration::from_secs(60),
             outbox: Some(10),
             max_connections: 7,
             body_timeout: Duration::from_millis(1500),
             log: LogFormat::Json,
-            pools: pools(&["hash:4=sha256", "count=exec:wc -c"]),
+            pools: vec![
+                pools(&["hash:4=sha256"]).remove(0),
+                PoolSpec {
+                    item_timeout: Some(Duration::ZERO),
+                    worker_memory: Some(ByteSize::mib(8)),
+                    ..pools(&["count=exec:wc -c"]).remove(0)
+                },
+            ],
         };
-        assert_eq!(parse(text), Ok(config));
+        assert_eq!(parse(text).as_ref(), Ok(&config));
+        let [hash, count] = &config.pools[..] else { panic!("two pools") };
+        assert_eq!(config.item_timeout_of(hash), Some(Duration::from_secs(2)));
+        assert_eq!(config.item_timeout_of(count), None, "a pool's own, which is none, beats the one for all");
+        assert_eq!(config.worker_memory_of(hash), Some(ByteSize::mib(1024)));
+        assert_eq!(config.worker_memory_of(count), Some(ByteSize::mib(8)));
+        assert_eq!(config.validate().map_err(|error| error.to_string()), Ok(()));
     }
 
     #[test]
@@ -454,8 +503,18 @@ mod tests {
                 "there are 65 pools",
             ),
             (
-                refusal(|c| c.pools = vec![PoolSpec { name: "a".into(), workers: Some(0), handler: "echo".into() }]),
+                refusal(|c| {
+                    let pool = PoolSpec { workers: Some(0), ..pools(&["a=echo"]).remove(0) };
+                    c.pools = vec![pool];
+                }),
                 "pool a has 0 workers",
+            ),
+            (
+                refusal(|c| {
+                    c.pools = pools(&["a=echo"]);
+                    c.worker_memory = ByteSize::mib(7);
+                }),
+                "pool a has a worker_memory of 7MiB: give its workers at least 8MiB",
             ),
         ] {
             assert!(found.starts_with(wanted), "{found} / {wanted}");
@@ -470,7 +529,7 @@ mod tests {
             ("a.b_C-9=exec:sh -c 'x=1; echo \"$x:\"'", "a.b_C-9", None, "exec:sh -c 'x=1; echo \"$x:\"'"),
             ("x:1= echo ", "x", Some(1), " echo "),
         ] {
-            let pool = PoolSpec { name: name.into(), workers, handler: handler.into() };
+            let pool = PoolSpec { name: name.into(), workers, handler: handler.into(), ..PoolSpec::default() };
             assert_eq!(text.parse(), Ok(pool), "{text}");
         }
         for text in
@@ -487,7 +546,7 @@ mod tests {
             workers in proptest::option::of(1_u16..=256),
             handler in "\\PC{1,40}",
         ) {
-            let pool = PoolSpec { name, workers, handler };
+            let pool = PoolSpec { name, workers, handler, ..PoolSpec::default() };
             prop_assert_eq!(pool.to_string().parse::<PoolSpec>(), Ok(pool));
         }
 

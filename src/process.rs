@@ -21,7 +21,7 @@ use std::{
 use nix::{sys::signal::SigSet, unistd::ForkResult};
 use rustix::{
     io::Errno,
-    process::{Pid, PidfdFlags, Signal, WaitId, WaitIdOptions},
+    process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions},
 };
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
@@ -119,7 +119,12 @@ impl Child {
 
     /// Sends SIGKILL. A child that is dead already is no error.
     pub fn kill(&self) -> io::Result<()> {
-        match rustix::process::pidfd_send_signal(&self.pidfd, Signal::KILL) {
+        self.signal(Signal::KILL)
+    }
+
+    /// Sends a signal. A child that is dead already is no error.
+    pub fn signal(&self, signal: Signal) -> io::Result<()> {
+        match rustix::process::pidfd_send_signal(&self.pidfd, signal) {
             Ok(()) | Err(Errno::SRCH) => Ok(()),
             Err(error) => Err(error.into()),
         }
@@ -165,6 +170,17 @@ pub fn dies_with_us(command: &mut Command) -> &mut Command {
             SigSet::empty().thread_set_mask().map_err(io::Error::from)
         })
     }
+}
+
+/// Limits the memory of this process and of each that it starts: what it has for writing and for itself alone, which is heap
+/// and threads' stacks. Not the whole address space, which would count the segment, and not what is resident, which the
+/// kernel has no limit for. An allocation beyond it fails.
+pub fn limit_memory(bytes: u64) -> io::Result<()> {
+    // What the hard limit forbids anyway need not be allowed.
+    let most = |other: Option<u64>| Some(other.map_or(bytes, |other| other.min(bytes)));
+    let before = rustix::process::getrlimit(Resource::Data);
+    let limit = Rlimit { current: most(before.maximum), maximum: most(before.maximum) };
+    Ok(rustix::process::setrlimit(Resource::Data, limit)?)
 }
 
 /// Makes the allocator keep up to 8 MiB of what was freed. By default glibc returns buffers of more than 128 KiB to the

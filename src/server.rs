@@ -3,13 +3,14 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
+    time::Duration,
 };
 
 use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     builtin::{Builtin, BuiltinError},
-    config::{Config, ConfigError},
+    config::{ByteSize, Config, ConfigError, PoolSpec},
     handler::{Failure, Handler, Item, Reply},
     process::{self, ForkError},
     segment::{Geometry, SegmentError, SegmentOwner},
@@ -52,6 +53,8 @@ fn busy(error: &io::Error) -> &'static str {
 pub struct Pool {
     name: String,
     workers: Option<u16>,
+    item_timeout: Option<Duration>,
+    worker_memory: Option<ByteSize>,
     handler: Box<dyn Handler>,
 }
 
@@ -66,12 +69,32 @@ impl Pool {
 
     /// The same for a type that implements [`Handler`].
     pub fn with_handler(name: impl Into<String>, handler: impl Handler + 'static) -> Self {
-        Pool { name: name.into(), workers: None, handler: Box::new(handler) }
+        Pool { name: name.into(), workers: None, item_timeout: None, worker_memory: None, handler: Box::new(handler) }
     }
 
     /// How many workers; by default [`Config::workers`], one for each core.
     pub fn workers(mut self, workers: u16) -> Self {
         self.workers = Some(workers);
+        self
+    }
+
+    /// How long a worker may take for an item, 0 for as long as it likes; by default [`Config::item_timeout`].
+    ///
+    /// One that takes longer gets SIGTERM, which is blocked in workers, and after a second, or the timeout if that is less,
+    /// SIGKILL. The item is given to another worker or, out of attempts, fails with `DEADLINE_EXCEEDED` and the reason
+    /// `ITEM_TIMEOUT`. A handler that wants to clean up reads SIGTERM from a signalfd and believes it if it comes from the
+    /// parent of its process.
+    pub fn item_timeout(mut self, timeout: Duration) -> Self {
+        self.item_timeout = Some(timeout);
+        self
+    }
+
+    /// How much memory a worker may have beside the segment, 0 for no limit; by default [`Config::worker_memory`].
+    ///
+    /// It is the kernel's `RLIMIT_DATA`: heap and threads' stacks, whether they are in use or not. An allocation beyond it
+    /// fails, and that is the worker's death, unless the handler allocates by means that can fail.
+    pub fn worker_memory(mut self, memory: ByteSize) -> Self {
+        self.worker_memory = Some(memory);
         self
     }
 }
@@ -109,7 +132,8 @@ impl Server {
             let handler: Builtin =
                 spec.handler.parse().map_err(|error| ServerError::Handler { pool: spec.name.clone(), error })?;
             let pool = Pool::with_handler(&spec.name, handler);
-            Ok(Pool { workers: spec.workers, ..pool })
+            let PoolSpec { workers, item_timeout, worker_memory, .. } = *spec;
+            Ok(Pool { workers, item_timeout, worker_memory, ..pool })
         });
         Ok(Server { pools: pools.collect::<Result<_, ServerError>>()?, config })
     }
@@ -149,9 +173,11 @@ impl Server {
         self.config.pools.clear();
         for pool in &self.pools {
             // What a pool of closures may be called is what one of the command line may.
-            let spec = crate::config::PoolSpec {
+            let spec = PoolSpec {
                 name: pool.name.clone(),
                 workers: pool.workers,
+                item_timeout: pool.item_timeout,
+                worker_memory: pool.worker_memory,
                 handler: "closure".to_owned(),
             };
             self.config.pools.push(spec);
@@ -160,11 +186,13 @@ impl Server {
             return Err(ServerError::NoPool);
         }
         self.config.validate()?;
-        let default = self.config.workers;
-        let pools = self.pools.into_iter().map(|pool| PoolPlan {
+        let config = &self.config;
+        let pools = self.pools.into_iter().zip(&config.pools).map(|(pool, spec)| PoolPlan {
             name: pool.name,
-            workers: pool.workers.unwrap_or(default),
+            workers: config.workers_of(spec),
             handler: pool.handler,
+            item_timeout: config.item_timeout_of(spec),
+            memory: config.worker_memory_of(spec).map(ByteSize::bytes),
         });
         let pools: Vec<_> = pools.collect();
         let geometry = Geometry {

@@ -5,11 +5,16 @@
 //! - It sleeps in one `poll` over pidfds and a signalfd, with a timer only while a restart or a drain is due.
 //! - On a death: the pidfd is readable (the proof) → sweep → only then `waitid`, so that the pid cannot be reused while
 //!   the sweep relies on it.
-//! - A process that dies is replaced; one that keeps dying soon after its start is replaced ever more slowly.
+//! - A process that dies is replaced; one that keeps dying soon after its start is replaced ever more slowly, and a pool of
+//!   such workers does not serve ([`crash_loop`]).
+//! - A worker that takes too long for an item is ended ([`overdue`]).
 //! - SIGTERM and SIGINT drain: the front takes nothing new, what was accepted is finished and sent, then the workers end,
 //!   then the segment is removed. A second signal, or the end of the grace period, kills what is left.
 //!
 //! Children block both signals: a Ctrl-C goes to the whole process group, and only the supervisor may decide.
+
+mod crash_loop;
+mod overdue;
 
 use std::{
     io,
@@ -41,12 +46,10 @@ use crate::{
     segment::{Liveness, Segment, SegmentError, SegmentOwner, Slot, Stage},
     worker,
 };
+use crash_loop::{Record, Verdicts};
+use overdue::{Timed, Watch};
 
-/// A process that lived this long was not killed by its own start.
-const SETTLED: Duration = Duration::from_secs(1);
-const BACKOFF: Duration = Duration::from_millis(50);
 const FORK_AGAIN: Duration = Duration::from_secs(1);
-const MAX_BACKOFF: Duration = Duration::from_secs(10);
 
 /// A child's exit code for a failure that a restart cannot mend.
 pub const EXIT_HOPELESS: u8 = 78;
@@ -75,6 +78,10 @@ pub struct PoolPlan {
     pub workers: u16,
     /// What they run; each worker gets its copy by fork.
     pub handler: Box<dyn Handler>,
+    /// How long a worker may take for an item.
+    pub item_timeout: Option<Duration>,
+    /// How many bytes of memory a worker may have.
+    pub memory: Option<u64>,
 }
 
 /// SIGTERM and SIGINT, which from now on wait to be read instead of ending the process. Dropping it gives them back
@@ -108,9 +115,24 @@ struct Seat {
     slot: Slot,
     name: String,
     child: Option<Child>,
-    started: Instant,
     restart_at: Option<Instant>,
-    quick_deaths: u32,
+    record: Record,
+}
+
+impl Seat {
+    /// What the registry should say of it.
+    fn liveness(&self) -> Liveness {
+        match &self.child {
+            Some(child) if self.record.is_failing() => Liveness::Failing(child.pid()),
+            Some(child) => Liveness::Live(child.pid()),
+            None => Liveness::Free,
+        }
+    }
+
+    /// When its process will have stayed up, if that is doubted.
+    fn settles_at(&self) -> Option<Instant> {
+        (self.child.is_some() && self.record.is_failing()).then(|| self.record.settles_at())
+    }
 }
 
 /// A server that is ready to be started.
@@ -124,6 +146,8 @@ pub struct Supervisor {
     pools: Vec<PoolPlan>,
     seats: Vec<Seat>,
     letters: DeadLetters,
+    watch: Watch,
+    verdicts: Verdicts,
 }
 
 impl Supervisor {
@@ -146,15 +170,17 @@ impl Supervisor {
             slot,
             name,
             child: None,
-            started: Instant::now(),
             restart_at: Some(Instant::now()),
-            quick_deaths: 0,
+            record: Record::new(Instant::now()),
         };
         // Workers first, so that the front finds them there.
         let mut seats: Vec<_> = (0..workers).map(|n| seat(Slot::Worker(n), format!("forkring-w{n}"))).collect();
         seats.push(seat(Slot::Front(0), "forkring-front".to_owned()));
         let letters = DeadLetters::new(pools.iter().map(|pool| pool.name.clone()).collect());
-        Ok(Supervisor { config: Arc::new(config), owner, segment, topology, bells, listener, pools, seats, letters })
+        let timeouts = pools.iter().flat_map(|pool| (0..pool.workers).map(|_| pool.item_timeout));
+        let watch = Watch::new(timeouts)?;
+        let (config, verdicts) = (Arc::new(config), Verdicts::default());
+        Ok(Supervisor { config, owner, segment, topology, bells, listener, pools, seats, letters, watch, verdicts })
     }
 
     /// Forks everybody and supervises them until a drain is over.
@@ -199,7 +225,7 @@ impl Supervisor {
 
     /// Forks the participant of a seat.
     fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
-        let Supervisor { config, owner, topology, bells, listener, pools, seats, .. } = self;
+        let Supervisor { config, owner, topology, bells, listener, pools, seats, watch, .. } = self;
         let seat = &mut seats[at];
         seat.restart_at = None;
         let slot = seat.slot;
@@ -221,13 +247,15 @@ impl Supervisor {
                         return EXIT_HOPELESS;
                     };
                     crash_point!("worker.attached");
-                    let pool = topology.pool_of(number).map_or(0, usize::from);
-                    worker::run(
-                        &mut worker,
-                        &mut *pools[pool].handler,
-                        config.spin,
-                        config.max_message.bytes() as usize,
-                    )
+                    let pool = &mut pools[topology.pool_of(number).map_or(0, usize::from)];
+                    let most = config.max_message.bytes() as usize;
+                    pool.memory.map_or(Ok(()), process::limit_memory).and_then(|()| match watch.timer(number) {
+                        None => worker::run(&mut worker, &mut *pool.handler, config.spin, most),
+                        Some(timer) => {
+                            let mut timed = Timed::new(&mut *pool.handler, timer);
+                            worker::run(&mut worker, &mut timed, config.spin, most)
+                        }
+                    })
                 }
                 Slot::Front(number) => {
                     let names = pools.iter().map(|pool| pool.name.clone()).collect();
@@ -246,11 +274,11 @@ impl Supervisor {
             }
         })?;
         crash_point!("supervisor.forked");
-        seat.started = Instant::now();
-        self.segment.set_liveness(slot, Liveness::Live(child.pid()));
-        crash_point!("supervisor.registered");
         tracing::debug!(process = seat.name, pid = child.pid(), "started");
+        seat.record.begin(Instant::now());
         seat.child = Some(child);
+        self.segment.set_liveness(slot, seat.liveness());
+        crash_point!("supervisor.registered");
         if let Slot::Worker(_) = slot {
             // The front computes the pools' health from the registry.
             self.ring_fronts();
@@ -298,7 +326,11 @@ impl Supervisor {
                 }
             }
 
-            let next = self.seats.iter().filter_map(|seat| seat.restart_at).chain(give_up_at).min();
+            self.settle(now);
+            self.watch.enforce(now, |worker| self.seats.get(usize::from(worker))?.child.as_ref())?;
+
+            let next = self.seats.iter().filter_map(|seat| seat.restart_at.or_else(|| seat.settles_at()));
+            let next = next.chain(give_up_at).chain(self.watch.due()).min();
             let (signalled, dead) = self.sleep(signals, next)?;
             if signalled {
                 if stage != Stage::Serving {
@@ -329,8 +361,9 @@ impl Supervisor {
     fn sleep(&self, signals: &Signals, until: Option<Instant>) -> io::Result<(bool, Vec<usize>)> {
         let alive = self.seats.iter().enumerate().filter_map(|(at, seat)| Some((at, seat.child.as_ref()?)));
         let (at, fds): (Vec<_>, Vec<BorrowedFd<'_>>) = alive.map(|(at, child)| (at, child.pidfd.as_fd())).unzip();
+        let others = [signals.fd.as_fd()].into_iter().chain(self.watch.fds());
         let mut polls: Vec<_> =
-            fds.iter().chain([&signals.fd.as_fd()]).map(|fd| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
+            fds.into_iter().chain(others).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
         // Rounded up, so that what is due is due.
         let timeout = until.map(|until| until.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
         let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
@@ -351,9 +384,13 @@ impl Supervisor {
         crash_point!("supervisor.dead");
         // How it died is known before it is reaped, and the failure of its items should say so.
         let status = child.peek()?;
+        let mut was_ended = false;
         let swept = match slot {
             Slot::Worker(worker) => {
-                let death = Death { worker, pid: child.pid(), status, failure: crashed(status) };
+                let timeout = self.watch.bury(worker);
+                was_ended = timeout.is_some();
+                let failure = timeout.unwrap_or_else(|| crashed(status));
+                let death = Death { worker, pid: child.pid(), status, failure };
                 let max_attempts = self.config.max_attempts.into();
                 sweep_worker(&self.segment, &self.topology, &self.bells, &death, max_attempts, &mut self.letters)
             }
@@ -381,11 +418,8 @@ impl Supervisor {
         if is_front && status.code() == Some(EXIT_HOPELESS.into()) {
             return Err(SupervisorError::Front);
         }
-        seat.quick_deaths = if seat.started.elapsed() < SETTLED { seat.quick_deaths + 1 } else { 0 };
-        let delay = match seat.quick_deaths {
-            0 => Duration::ZERO,
-            n => BACKOFF.saturating_mul(1 << (n - 1).min(16)).min(MAX_BACKOFF),
-        };
+        // A worker that was ended for its item would have lived on.
+        let delay = if was_ended { Duration::ZERO } else { seat.record.end(Instant::now()) };
         seat.restart_at = Some(Instant::now() + delay);
         tracing::warn!(
             process,
@@ -396,7 +430,44 @@ impl Supervisor {
             restart_in = ?delay,
             "a process died"
         );
+        self.judge(slot, status, delay);
         Ok(())
+    }
+
+    /// After a worker's death: says so if all of its pool are in a crash loop by now.
+    fn judge(&mut self, slot: Slot, status: ExitStatus, delay: Duration) {
+        let Slot::Worker(number) = slot else { return };
+        let Some(pool) = self.topology.pool_of(number) else { return };
+        let (first, count) = self.topology.workers(pool);
+        let seats = &self.seats[usize::from(first)..usize::from(first + count)];
+        if seats.iter().all(|seat| seat.record.is_failing()) && self.verdicts.change(pool, true) {
+            tracing::error!(
+                pool = self.pools[usize::from(pool)].name,
+                cause = %cause(status),
+                deaths_in_a_row = self.seats[usize::from(number)].record.quick_deaths(),
+                next_try_in = ?delay,
+                "the pool does not serve: its workers die soon after they start"
+            );
+        }
+    }
+
+    /// Believes in workers of a crash loop that have stayed up.
+    fn settle(&mut self, now: Instant) {
+        for at in 0..self.seats.len() {
+            let seat = &mut self.seats[at];
+            if seat.settles_at().is_none_or(|due| due > now) {
+                continue;
+            }
+            seat.record.settle();
+            self.segment.set_liveness(seat.slot, seat.liveness());
+            if let Slot::Worker(number) = seat.slot
+                && let Some(pool) = self.topology.pool_of(number)
+                && self.verdicts.change(pool, false)
+            {
+                tracing::info!(pool = self.pools[usize::from(pool)].name, "the pool serves again: a worker stays up");
+            }
+            self.ring_fronts();
+        }
     }
 
     /// Kills and reaps whoever is left.

@@ -3,7 +3,8 @@
 //!
 //! All three pipes are served by one `poll`, so that no program can block by writing much before it has read all, or the
 //! other way round. The program dies with its worker; one whose item is cancelled, or that writes more than a result
-//! may have, is killed.
+//! may have, is killed. One that takes too long is told to end when its worker is, and whatever it started with it: of a
+//! pipeline, only the shell would die with the worker.
 
 use std::{
     io::{self, Read, Write},
@@ -11,24 +12,30 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use nix::sys::{
+    signal::{self, SigSet},
+    signalfd::{SfdFlags, SignalFd},
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     fs::{OFlags, fcntl_getfl, fcntl_setfl},
     io::Errno,
-    process::{Pid, Signal, kill_process_group},
+    process::{Pid, PidfdFlags, Signal, getppid, kill_process_group, pidfd_open},
 };
 use tonic::Code;
 
 use super::BuiltinError;
 use crate::{
     handler::{Failure, Item, Reply},
-    process::dies_with_us,
+    process::{self, dies_with_us},
 };
 
 /// Bytes of stderr that are kept: what a failure's message has room for behind the rest of it.
 const TAIL: usize = 768;
 /// How often a running program's item is asked whether it was cancelled.
 const CANCEL_CHECK: Timespec = Timespec { tv_sec: 0, tv_nsec: 100_000_000 };
+/// How long a program that was told to end may take: less than its worker may.
+const LAST_WORDS: Timespec = Timespec { tv_sec: 0, tv_nsec: 500_000_000 };
 
 /// Splits a command line into words, with quotes as in a shell and nothing else of a shell's.
 pub fn split(line: &str) -> Result<Vec<String>, BuiltinError> {
@@ -90,15 +97,49 @@ impl Drop for Running {
         if self.reaped {
             return;
         }
-        // All of a pipeline, not only its shell. It fails if nobody is left, which is just as well.
-        if let Some(group) = Pid::from_raw(self.program.id().cast_signed()) {
-            let _ = kill_process_group(group, Signal::KILL);
-        }
+        self.signal(Signal::KILL);
         let _ = self.program.wait();
     }
 }
 
+/// SIGTERM, which is blocked here, as something to be polled.
+struct Orders(SignalFd);
+
+impl Orders {
+    fn new() -> Result<Self, Errno> {
+        let mut mask = SigSet::empty();
+        mask.add(signal::Signal::SIGTERM);
+        let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK);
+        Ok(Orders(fd.map_err(|error| Errno::from_raw_os_error(error as i32))?))
+    }
+
+    /// Whether the supervisor says that this worker shall end. Others send SIGTERM to everybody: it decides what that means.
+    fn to_end(&self) -> bool {
+        let supervisor = getppid().map(|pid| pid.as_raw_nonzero().get().unsigned_abs());
+        matches!(self.0.read_signal(), Ok(Some(signal)) if Some(signal.ssi_pid) == supervisor)
+    }
+}
+
 impl Running {
+    /// To all of a pipeline, not only its shell. It fails if nobody is left, which is just as well.
+    fn signal(&self, signal: Signal) {
+        if let Some(group) = Pid::from_raw(self.program.id().cast_signed()) {
+            let _ = kill_process_group(group, signal);
+        }
+    }
+
+    /// Ends the program and then this worker: the item is to be given to another, or to fail.
+    fn end(&self) -> ! {
+        self.signal(Signal::TERM);
+        // Its pid stays its own: it is not reaped any more.
+        let pidfd = Pid::from_raw(self.program.id().cast_signed());
+        if let Some(Ok(pidfd)) = pidfd.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
+            let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&LAST_WORDS));
+        }
+        self.signal(Signal::KILL);
+        process::die()
+    }
+
     /// Feeds stdin and reads the other two until both are closed.
     fn pump(&mut self, item: &Item<'_>, reply: &mut Reply<'_, '_>, tail: &mut Vec<u8>) -> Result<(), Failure> {
         let mut stdin = self.program.stdin.take();
@@ -110,19 +151,24 @@ impl Running {
             let flags = fcntl_getfl(pipe).map_err(io::Error::from)?;
             fcntl_setfl(pipe, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
         }
+        let orders = Orders::new().map_err(io::Error::from)?;
         let mut input = item.payload();
         let mut buffer = [0; 64 << 10];
         while stdout.is_some() || stderr.is_some() {
             if input.is_empty() {
                 stdin = None;
             }
-            let mut polls = Vec::with_capacity(3);
+            let mut polls = Vec::with_capacity(4);
+            polls.push(PollFd::new(&orders.0, PollFlags::IN));
             polls.extend(stdin.as_ref().map(|fd| PollFd::new(fd, PollFlags::OUT)));
             polls.extend(stdout.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
             polls.extend(stderr.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
             match poll(&mut polls, Some(&CANCEL_CHECK)) {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(io::Error::from(error).into()),
+            }
+            if orders.to_end() {
+                self.end();
             }
             if item.is_cancelled() {
                 return Err(if item.remaining().is_some_and(|left| left.is_zero()) {

@@ -9,6 +9,7 @@ mod dead;
 mod demo;
 mod doctor;
 mod input;
+mod limits;
 mod serve;
 mod show;
 mod submit;

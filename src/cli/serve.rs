@@ -14,9 +14,12 @@ use clap::builder::BoolishValueParser;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tracing_subscriber::EnvFilter;
 
-use super::BadUsage;
+use super::{
+    BadUsage,
+    limits::{self, Limit},
+};
 use crate::{
-    config::{ByteSize, Config, LogFormat, PoolSpec, Spin, parse_duration, parse_listen},
+    config::{ByteSize, Config, InvalidValue, LogFormat, PoolSpec, Spin, parse_duration, parse_listen},
     server::Server,
 };
 
@@ -47,6 +50,7 @@ A file has the same options, with _ for -, and a table for each pool:
   name = \"hash\"
   workers = 4
   handler = \"sha256\"
+  item_timeout = \"5s\"
 
 A flag beats its environment variable, which beats the file; --pool and FORKRING_POOLS replace all of the file's pools.
 FORKRING_LOG chooses the log lines: error, warn, info (the default), debug, trace.
@@ -105,6 +109,14 @@ pub struct ServeArgs {
     /// Memory for items that killed that many workers, see `forkring dead`; 0 keeps none [default: 8MiB]
     #[arg(long, env = "FORKRING_DEAD_LETTERS", value_name = "SIZE")]
     dead_letters: Option<ByteSize>,
+
+    /// How long a worker may take for an item, 0 for as long as it likes; repeatable: of one pool, or of all others
+    #[arg(long, env = "FORKRING_ITEM_TIMEOUT", value_name = "[POOL=]DURATION", value_delimiter = ',', value_parser = timeout)]
+    item_timeout: Vec<Limit<Duration>>,
+
+    /// How much memory a worker may have (RLIMIT_DATA), 0 for no limit; repeatable: of one pool, or of all others
+    #[arg(long, env = "FORKRING_WORKER_MEMORY", value_name = "[POOL=]SIZE", value_delimiter = ',', value_parser = memory)]
+    worker_memory: Vec<Limit<ByteSize>>,
 
     /// Submitted items that may be pending or wait for subscribers [default: half the capacity]
     #[arg(long, env = "FORKRING_OUTBOX", value_name = "ITEMS")]
@@ -170,9 +182,26 @@ impl ServeArgs {
         if config.pools.is_empty() {
             return Err(BadUsage("there is no pool: give at least one, such as --pool hash=sha256".into()).into());
         }
+        let (timeouts, memory) = (self.item_timeout, self.worker_memory);
+        limits::lay("--item-timeout", timeouts, &mut config, |all| &mut all.item_timeout, |one| &mut one.item_timeout)?;
+        limits::lay(
+            "--worker-memory",
+            memory,
+            &mut config,
+            |all| &mut all.worker_memory,
+            |one| &mut one.worker_memory,
+        )?;
         config.validate()?;
         Ok(config)
     }
+}
+
+fn timeout(text: &str) -> Result<Limit<Duration>, InvalidValue> {
+    Limit::parse(text, parse_duration)
+}
+
+fn memory(text: &str) -> Result<Limit<ByteSize>, InvalidValue> {
+    Limit::parse(text, str::parse)
 }
 
 fn variable(name: &str) -> Result<Option<String>, BadUsage> {
@@ -249,6 +278,8 @@ mod tests {
             workers: 5,
             max_attempts: 9,
             dead_letters: ByteSize::mib(3),
+            item_timeout: Duration::from_secs(3),
+            worker_memory: ByteSize::mib(64),
             grace: Duration::from_secs(1),
             outbox: Some(6),
             max_connections: 8,
@@ -270,6 +301,8 @@ mod tests {
             grace: Some(wanted.grace),
             max_attempts: Some(9),
             dead_letters: Some(ByteSize::mib(3)),
+            item_timeout: vec![timeout("3s").expect("the test's own limit")],
+            worker_memory: vec![memory("64MiB").expect("the test's own limit")],
             outbox: Some(6),
             max_connections: Some(8),
             body_timeout: Some(wanted.body_timeout),
@@ -293,6 +326,28 @@ mod tests {
         assert_eq!(pools(&[], None), Ok(vec![pool("f=echo")]));
         let error = pools(&[], Some("what")).expect_err("not a pool");
         assert!(error.starts_with("FORKRING_POOLS: `what` is not a pool"), "{error}");
+    }
+
+    #[test]
+    fn limits_are_of_one_pool_or_of_all() {
+        let config = |limits: &[&str]| {
+            let item_timeout = limits.iter().map(|text| timeout(text).expect("the test's own limit")).collect();
+            let args = ServeArgs { pool: vec![pool("a=echo"), pool("b=echo")], item_timeout, ..Default::default() };
+            args.into_config(None)
+        };
+        let timeouts = |limits: &[&str]| {
+            let config = config(limits).expect("a good configuration");
+            config.pools.iter().map(|pool| config.item_timeout_of(pool)).collect::<Vec<_>>()
+        };
+        let seconds = |n| Some(Duration::from_secs(n));
+        assert_eq!(timeouts(&[]), [None, None]);
+        assert_eq!(timeouts(&["5s"]), [seconds(5), seconds(5)]);
+        assert_eq!(timeouts(&["b=1s", "5s"]), [seconds(5), seconds(1)]);
+        assert_eq!(timeouts(&["5s", "a=0"]), [None, seconds(5)]);
+        let error = config(&["c=1s"]).expect_err("no such pool");
+        assert!(error.is::<BadUsage>() && error.to_string().starts_with("--item-timeout c=…: there is no pool `c`"));
+        assert!(timeout("a=b=1s").is_err() && timeout("a=").is_err() && memory("a=1x").is_err());
+        assert!(config(&["=1s"]).is_err());
     }
 
     #[test]

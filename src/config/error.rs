@@ -87,6 +87,17 @@ pub enum ConfigError {
         /// How many it asked for.
         workers: u16,
     },
+    /// Workers that could not start.
+    #[error(
+        "pool {pool} has a worker_memory of {memory}: give its workers at least {}, or 0 for no limit",
+        super::LEAST_MEMORY
+    )]
+    WorkerMemory {
+        /// Which pool.
+        pool: String,
+        /// What it was.
+        memory: ByteSize,
+    },
     /// Two pools of one name.
     #[error("pool {0} is there twice: rename one of the two")]
     DuplicatePool(String),

@@ -231,6 +231,11 @@ pub(super) fn duration<'de, D: Deserializer<'de>>(source: D) -> Result<Duration,
 }
 
 /// For `#[serde(deserialize_with)]`.
+pub(super) fn some_duration<'de, D: Deserializer<'de>>(source: D) -> Result<Option<Duration>, D::Error> {
+    duration(source).map(Some)
+}
+
+/// For `#[serde(deserialize_with)]`.
 pub(super) fn listen<'de, D: Deserializer<'de>>(source: D) -> Result<SocketAddr, D::Error> {
     from_text(source, parse_listen)
 }

@@ -131,7 +131,7 @@ fn services(hub: &Hub) -> impl Iterator<Item = &str> {
     hub.pools.iter().map(String::as_str).chain(WHOLE)
 }
 
-/// A pool serves while one of its workers lives; the server, while one of its pools does.
+/// A pool serves while one of its workers lives that is not in a crash loop; the server, while one of its pools does.
 async fn report_health(hub: &Hub, reporter: &HealthReporter) {
     let (segment, topology) = hub.with_front(|front| (front.segment(), front.topology().clone()));
     let serving = segment.stage() == Stage::Serving;

@@ -139,6 +139,8 @@ pub enum Liveness {
     Free,
     /// The process with this pid is.
     Live(u32),
+    /// The process with this pid is, and those before it kept dying soon after their start: do not count on it.
+    Failing(u32),
     /// It has died and its items are being given back.
     Dead,
 }
@@ -146,7 +148,7 @@ pub enum Liveness {
 /// One line of the registry. Written by the supervisor.
 #[repr(C)]
 struct Registration {
-    /// 0 free, 1 live, 2 dead.
+    /// 0 free, 1 live, 2 dead, 3 live and failing.
     state: AtomicU32,
     pid: AtomicU32,
     start: AtomicU64,
@@ -433,6 +435,7 @@ impl Segment {
         match line.state.load(Acquire) {
             0 => Liveness::Free,
             1 => Liveness::Live(line.pid.load(Relaxed)),
+            3 => Liveness::Failing(line.pid.load(Relaxed)),
             _ => Liveness::Dead,
         }
     }
@@ -442,11 +445,11 @@ impl Segment {
         let line = self.registration(slot);
         let state = match liveness {
             Liveness::Free => 0,
-            Liveness::Live(pid) => {
+            Liveness::Live(pid) | Liveness::Failing(pid) => {
                 line.pid.store(pid, Relaxed);
                 // Unreadable only if the process is gone already, and then its death is about to be seen.
                 line.start.store(process::start_time(pid).unwrap_or(0), Relaxed);
-                1
+                if liveness == Liveness::Live(pid) { 1 } else { 3 }
             }
             Liveness::Dead => 2,
         };

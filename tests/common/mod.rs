@@ -4,6 +4,7 @@
 
 pub mod audit;
 pub mod files;
+pub mod health;
 pub mod processes;
 pub mod program;
 pub mod raw;

@@ -1,0 +1,125 @@
+//! Crash loops: processes that die soon after their start are replaced ever more slowly, and a pool of nothing but such
+//! processes does not serve.
+//!
+//! # What it promises
+//!
+//! - A pool whose every worker has died [`FAILING`] times in a row soon after its start is NOT_SERVING, and stays so
+//!   however often its workers are started: a worker of a crash loop counts as one that serves only when it has stayed
+//!   up for [`SETTLED`]. Then the pool serves again, by itself.
+//! - Either is logged once.
+//!
+//! Why that holds: the registry says of such a worker that it is failing instead of live
+//! ([`Liveness::Failing`](crate::segment::Liveness)), and a pool's health is whether one of its workers is live.
+//!
+//! What clients send to such a pool is accepted all the same, and waits: the next start may be the one that works, and what
+//! must not wait has a deadline.
+
+use std::time::{Duration, Instant};
+
+/// A process that lived this long was not killed by its own start.
+const SETTLED: Duration = Duration::from_secs(1);
+/// So many deaths before that in a row are a crash loop.
+const FAILING: u32 = 5;
+const BACKOFF: Duration = Duration::from_millis(50);
+const MAX_BACKOFF: Duration = Duration::from_secs(10);
+
+/// How the processes of one seat have fared.
+#[derive(Debug)]
+pub struct Record {
+    started: Instant,
+    quick_deaths: u32,
+}
+
+impl Record {
+    /// Of a seat that nobody was in.
+    pub fn new(now: Instant) -> Self {
+        Record { started: now, quick_deaths: 0 }
+    }
+
+    /// A process was started.
+    pub fn begin(&mut self, now: Instant) {
+        self.started = now;
+    }
+
+    /// It died; how long to wait before the next is started.
+    pub fn end(&mut self, now: Instant) -> Duration {
+        self.quick_deaths = if now < self.started + SETTLED { self.quick_deaths.saturating_add(1) } else { 0 };
+        match self.quick_deaths {
+            0 => Duration::ZERO,
+            n => BACKOFF.saturating_mul(1 << (n - 1).min(16)).min(MAX_BACKOFF),
+        }
+    }
+
+    /// Deaths in a row soon after a start.
+    pub fn quick_deaths(&self) -> u32 {
+        self.quick_deaths
+    }
+
+    /// Whether its processes are in a crash loop.
+    pub fn is_failing(&self) -> bool {
+        self.quick_deaths >= FAILING
+    }
+
+    /// When the process that is in the seat will be one that stayed up.
+    pub fn settles_at(&self) -> Instant {
+        self.started + SETTLED
+    }
+
+    /// It did.
+    pub fn settle(&mut self) {
+        self.quick_deaths = 0;
+    }
+}
+
+/// Which pools are known to be failing: they have been logged.
+#[derive(Debug, Default)]
+pub struct Verdicts {
+    failing: u64,
+}
+
+impl Verdicts {
+    /// Notes whether a pool fails; whether that is news.
+    pub fn change(&mut self, pool: u16, fails: bool) -> bool {
+        let bit = 1_u64 << pool;
+        let before = self.failing & bit != 0;
+        self.failing = if fails { self.failing | bit } else { self.failing & !bit };
+        before != fails
+    }
+}
+
+const _: () = assert!(crate::segment::MAX_POOLS <= u64::BITS);
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn quick_deaths_are_answered_ever_more_slowly_until_one_stays_up() {
+        let mut now = Instant::now();
+        let mut record = Record::new(now);
+        let mut last = Duration::ZERO;
+        for n in 1..40 {
+            record.begin(now);
+            now += SETTLED / 2;
+            let delay = record.end(now);
+            assert!(delay > last || delay == MAX_BACKOFF, "{n}: {delay:?}");
+            assert_eq!(record.is_failing(), n >= FAILING);
+            last = delay;
+        }
+        record.begin(now);
+        assert!(record.is_failing(), "to be started is nothing yet");
+        now += SETTLED;
+        assert_eq!(record.settles_at(), now);
+        assert_eq!(record.end(now), Duration::ZERO);
+        assert!(!record.is_failing());
+    }
+
+    #[test]
+    fn a_verdict_is_news_once() {
+        let mut verdicts = Verdicts::default();
+        assert!(!verdicts.change(63, false));
+        assert!(verdicts.change(63, true) && !verdicts.change(63, true));
+        assert!(!verdicts.change(0, false));
+        assert!(verdicts.change(63, false));
+    }
+}

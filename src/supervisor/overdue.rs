@@ -1,0 +1,259 @@
+//! Item timeouts: a worker that takes too long for an item is told to end, and then is ended.
+//!
+//! # What it promises
+//!
+//! - A worker is killed only if the item that it has *now* has been with it for longer than the pool's timeout and a
+//!   grace: one that came to the end of its item in time, or in the grace, and took another lives on.
+//! - It does not matter why it takes so long: a loop, a lock, a SIGSTOP.
+//! - Pools without a timeout make no syscall for it, and while nobody works there is no timer.
+//!
+//! # Why that holds
+//!
+//! Each worker of a pool with a timeout has a timerfd, made before the fork. The worker sets it before it handles an
+//! item and clears it after; the supervisor polls it beside the pidfds. A timer that is set again forgets that it had
+//! expired, so a readable one tells of the present item. Whether that is still the same one at the end of the grace
+//! shows by a number that each setting carries in its interval, which is an hour and so many nanoseconds and is
+//! otherwise of no use.
+//!
+//! Between the supervisor's last look and the arrival of its SIGKILL are some microseconds in which the worker may finish
+//! after all. If it has begun another item by then, that one is given to another worker, as after any death.
+//!
+//! SIGTERM is blocked in workers, because a Ctrl-C or a service manager sends it to everybody and only the supervisor
+//! may decide: a handler that wants to hear of it reads a signalfd and believes it if the sender is its parent, as `exec:`
+//! does. Any other hears nothing and is killed when the grace is over.
+
+use std::{
+    io,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    process::Signal,
+    time::{
+        Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_gettime, timerfd_settime,
+    },
+};
+use tonic::Code;
+
+use crate::{
+    handler::{Failure, Handler, Item, Reply},
+    process::Child,
+};
+
+/// The most time between SIGTERM and SIGKILL.
+const GRACE: Duration = Duration::from_secs(1);
+/// What the interval of a setting is without its number.
+const HOUR: i64 = 3600;
+const NEVER: Timespec = Timespec { tv_sec: 0, tv_nsec: 0 };
+const SECOND: u64 = 1_000_000_000;
+
+/// The timer of one worker.
+#[derive(Debug)]
+pub struct ItemTimer {
+    fd: OwnedFd,
+    limit: Duration,
+}
+
+impl ItemTimer {
+    fn new(limit: Duration) -> io::Result<Self> {
+        let fd = timerfd_create(TimerfdClockId::Monotonic, TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK)?;
+        Ok(ItemTimer { fd, limit })
+    }
+
+    fn set(&self, number: u32) {
+        let number = u64::from(number);
+        let it_value = Timespec {
+            tv_sec: i64::try_from(self.limit.as_secs()).unwrap_or(i64::MAX),
+            tv_nsec: self.limit.subsec_nanos().into(),
+        };
+        let it_interval = Timespec { tv_sec: HOUR + (number / SECOND) as i64, tv_nsec: (number % SECOND) as _ };
+        self.settime(Itimerspec { it_interval, it_value });
+    }
+
+    fn clear(&self) {
+        self.settime(Itimerspec { it_interval: NEVER, it_value: NEVER });
+    }
+
+    fn settime(&self, spec: Itimerspec) {
+        // Fails only for what is no time or no timer.
+        let _ = timerfd_settime(&self.fd, TimerfdTimerFlags::empty(), &spec);
+    }
+
+    /// The number of the present setting, if it has expired.
+    fn expired(&self) -> Option<Timespec> {
+        let number = || timerfd_gettime(&self.fd).ok().map(|spec| spec.it_interval);
+        let before = number()?;
+        let readable = poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&NEVER)) == Ok(1);
+        // Had it been set again in between, it would be another's expiry that was seen.
+        (readable && number() == Some(before)).then_some(before)
+    }
+}
+
+/// A handler on a timer: the worker's side.
+pub struct Timed<'a> {
+    handler: &'a mut dyn Handler,
+    timer: &'a ItemTimer,
+    number: u32,
+}
+
+impl<'a> Timed<'a> {
+    /// Handles by `handler`, and has the timer set meanwhile.
+    pub fn new(handler: &'a mut dyn Handler, timer: &'a ItemTimer) -> Self {
+        Timed { handler, timer, number: 0 }
+    }
+}
+
+impl Handler for Timed<'_> {
+    fn handle(&mut self, item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+        struct Cleared<'a>(&'a ItemTimer);
+        impl Drop for Cleared<'_> {
+            fn drop(&mut self) {
+                self.0.clear();
+            }
+        }
+
+        self.number = self.number.wrapping_add(1);
+        self.timer.set(self.number);
+        // A panic clears it, too.
+        let _cleared = Cleared(self.timer);
+        self.handler.handle(item, reply)
+    }
+}
+
+/// A worker on a timer: the supervisor's side.
+#[derive(Debug)]
+struct Watched {
+    timer: ItemTimer,
+    order: Option<Order>,
+}
+
+/// A worker was told to end.
+#[derive(Debug)]
+struct Order {
+    /// Because of the item that began with this setting.
+    setting: Timespec,
+    /// When it will be killed; none once it has been.
+    kill_at: Option<Instant>,
+}
+
+/// The timers of all workers, by their numbers.
+#[derive(Debug)]
+pub struct Watch {
+    workers: Vec<Option<Watched>>,
+}
+
+impl Watch {
+    /// With these timeouts, one for each worker.
+    pub fn new(limits: impl IntoIterator<Item = Option<Duration>>) -> io::Result<Self> {
+        let watched = |limit: Option<Duration>| {
+            limit.map(|limit| Ok(Watched { timer: ItemTimer::new(limit)?, order: None })).transpose()
+        };
+        Ok(Watch { workers: limits.into_iter().map(watched).collect::<io::Result<_>>()? })
+    }
+
+    /// A worker's timer, if its pool has a timeout.
+    pub fn timer(&self, worker: u16) -> Option<&ItemTimer> {
+        self.workers.get(usize::from(worker))?.as_ref().map(|watched| &watched.timer)
+    }
+
+    fn watched(&self) -> impl Iterator<Item = &Watched> {
+        self.workers.iter().flatten()
+    }
+
+    /// Each of them is readable once there is something to do.
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        self.watched().filter(|watched| watched.order.is_none()).map(|watched| watched.timer.fd.as_fd())
+    }
+
+    /// When there is something to do in any case.
+    pub fn due(&self) -> Option<Instant> {
+        self.watched().filter_map(|watched| watched.order.as_ref()?.kill_at).min()
+    }
+
+    /// Tells workers that are over their time to end, and ends those that have been told.
+    pub fn enforce<'c>(&mut self, now: Instant, child: impl Fn(u16) -> Option<&'c Child>) -> io::Result<()> {
+        for (number, watched) in self.workers.iter_mut().enumerate() {
+            let (Some(watched), Some(child)) = (watched, child(number as u16)) else { continue };
+            let limit = watched.timer.limit;
+            match &mut watched.order {
+                None => {
+                    let Some(setting) = watched.timer.expired() else { continue };
+                    tracing::warn!(
+                        worker = number,
+                        pid = child.pid(),
+                        item_timeout = ?limit,
+                        "a worker takes too long for its item: it is told to end"
+                    );
+                    child.signal(Signal::TERM)?;
+                    watched.order = Some(Order { setting, kill_at: Some(now + GRACE.min(limit)) });
+                }
+                Some(order) if order.kill_at.is_some_and(|at| at <= now) => {
+                    if watched.timer.expired() == Some(order.setting) {
+                        child.signal(Signal::KILL)?;
+                        order.kill_at = None;
+                    } else {
+                        tracing::info!(worker = number, pid = child.pid(), "a worker ended its item after all");
+                        watched.order = None;
+                    }
+                }
+                Some(_) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// A worker is dead: whether it was ended for its item, and what becomes of that then. Its successor has the timer as
+    /// if it were new.
+    pub fn bury(&mut self, worker: u16) -> Option<Failure> {
+        let watched = self.workers.get_mut(usize::from(worker))?.as_mut()?;
+        let order = watched.order.take();
+        let ended = order.is_some_and(|order| watched.timer.expired() == Some(order.setting));
+        watched.timer.clear();
+        ended.then(|| {
+            let limit = watched.timer.limit;
+            Failure::new(
+                Code::DeadlineExceeded,
+                "ITEM_TIMEOUT",
+                format_args!("in work for over {limit:?} (--item-timeout)"),
+            )
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn until(what: impl Fn() -> bool) {
+        let begin = Instant::now();
+        while !what() {
+            assert!(begin.elapsed() < Duration::from_secs(30));
+            std::thread::yield_now();
+        }
+    }
+
+    #[test]
+    fn a_timer_tells_of_its_present_setting_only() {
+        let timer = ItemTimer::new(Duration::from_millis(5)).unwrap();
+        assert_eq!(timer.expired(), None, "nothing was begun");
+        timer.set(1);
+        until(|| timer.expired().is_some());
+        let first = timer.expired();
+        assert_eq!(timer.expired(), first, "looking at it changes nothing");
+        timer.clear();
+        assert_eq!(timer.expired(), None, "the item is over");
+        timer.set(2);
+        until(|| timer.expired().is_some());
+        assert_ne!(timer.expired(), first, "another item");
+        for number in [3_000_000_000, u32::MAX] {
+            timer.set(number);
+            until(|| timer.expired().is_some());
+        }
+        let longest = ItemTimer::new(Duration::MAX).unwrap();
+        longest.set(1);
+        assert_eq!(longest.expired(), None);
+        assert_ne!(timerfd_gettime(&longest.fd).unwrap().it_value, NEVER, "it is set all the same");
+    }
+}

@@ -1,0 +1,321 @@
+//! Limits of a pool's workers: the time for an item, their memory, and how often they may die in a row.
+
+mod common;
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use common::{
+    Files, Server, assert_refused, assert_serves,
+    health::Health,
+    processes::{is_alive, signal},
+    refusal, run, soon, until,
+};
+use forkring::{
+    client::Client,
+    proto::v1::{WorkItem, WorkResult},
+};
+use nix::sys::signal::Signal;
+use tokio::task::JoinHandle;
+use tonic::{Code, Status};
+
+const TIMEOUT: (Code, &str) = (Code::DeadlineExceeded, "ITEM_TIMEOUT");
+const CRASHED: (Code, &str) = (Code::Aborted, "WORKER_CRASHED");
+
+fn spawn_call(client: &Client, item: WorkItem) -> JoinHandle<Result<WorkResult, Status>> {
+    let client = client.clone();
+    tokio::spawn(async move { client.call(item).await })
+}
+
+async fn answer(call: JoinHandle<Result<WorkResult, Status>>) -> Result<WorkResult, Status> {
+    soon("an answer", call).await.expect("a task")
+}
+
+/// The timers that a process has for its workers' items, and when each is due: the kernel's words.
+fn timers(pid: i32) -> Vec<String> {
+    let fds = fs::read_dir(format!("/proc/{pid}/fd")).expect("a process");
+    let is_timer = |fd: &PathBuf| fs::read_link(fd).is_ok_and(|to| to.as_os_str() == "anon_inode:[timerfd]");
+    let timers = fds.filter_map(|fd| Some(fd.ok()?.path())).filter(is_timer);
+    let due = |fd: PathBuf| {
+        let info = fd.parent()?.with_file_name("fdinfo").join(fd.file_name()?);
+        let text = fs::read_to_string(info).ok()?;
+        Some(text.lines().find_map(|line| line.strip_prefix("it_value: "))?.to_owned())
+    };
+    timers.filter_map(due).collect()
+}
+
+#[test]
+fn an_item_that_takes_too_long_is_tried_again_and_then_fails() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold"], "workers = 2\nmax_attempts = 2\nitem_timeout = '150ms'").await;
+        let client = server.client().await;
+        let call = spawn_call(&client, files.holding(1, "never"));
+        let pids = files.began(2).await;
+        assert_refused(refusal(answer(call).await), TIMEOUT, "in work for over 150ms (--item-timeout)");
+        assert_eq!(files.began(2).await.len(), 2, "two attempts and no more");
+        // Neither is there any more, and both were replaced.
+        until("their end", || pids.iter().all(|pid| !is_alive(*pid)).then_some(())).await;
+        assert_serves(&client, "hold").await;
+        server.family(2).await;
+        let log = server.drain().await;
+        assert_eq!(log.matches("takes too long for its item").count(), 2, "{log}");
+        assert_eq!(log.matches("was killed by SIGKILL (9)").count(), 2, "{log}");
+    });
+}
+
+#[test]
+fn an_item_that_hung_once_is_done_by_another_worker() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold"], "item_timeout = '150ms'").await;
+        let call = spawn_call(&server.client().await, files.holding(1, "go"));
+        files.began(1).await;
+        server.logged("was killed by SIGKILL (9)").await;
+        files.make("go");
+        assert!(answer(call).await.expect("a result").attempts >= 2);
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_stopped_worker_is_over_its_time_like_any_other() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold"], "item_timeout = '300ms'").await;
+        let call = spawn_call(&server.client().await, files.holding(1, "go"));
+        let stopped = files.began(1).await[0];
+        signal(stopped, Signal::SIGSTOP);
+        files.make("go");
+        let result = answer(call).await.expect("a result");
+        // It may have come to its end before it was stopped, on a slow machine.
+        assert!(result.attempts == 1 || !is_alive(stopped), "it was killed, stopped as it was");
+        if is_alive(stopped) {
+            signal(stopped, Signal::SIGCONT);
+        }
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_worker_that_ends_its_item_in_the_grace_lives_on() {
+    run(async {
+        // The test has a second to say go; on a machine that takes longer, it is tried again.
+        for _ in 0..20 {
+            let files = Files::new();
+            let server = Server::handlers(&["hold"], "item_timeout = '1s'").await;
+            let client = server.client().await;
+            let call = spawn_call(&client, files.holding(1, "go"));
+            let worker = files.began(1).await[0];
+            server.logged("takes too long for its item").await;
+            files.make("go");
+            let result = answer(call).await.expect("a result");
+            if result.attempts > 1 {
+                continue;
+            }
+            // What it does next is another item.
+            let next = answer(spawn_call(&client, files.holding(2, "go"))).await.expect("a result");
+            assert_eq!(next.attempts, 1);
+            server.logged("ended its item after all").await;
+            assert_eq!(server.child("w0").await, worker, "it was not killed");
+            assert_serves(&client, "hold").await;
+            let log = server.drain().await;
+            assert!(!log.contains("a process died"), "{log}");
+            return;
+        }
+        panic!("in no try the worker was let go in time");
+    });
+}
+
+#[test]
+fn a_program_is_told_to_end_and_takes_all_it_started_along() {
+    run(async {
+        let files = Files::new();
+        let script = format!(
+            "trap 'echo told >> {0}; exit 1' TERM; sh -c 'echo $$ >> {1}; exec sleep 1000' | sleep 1000 & wait",
+            files.name("told"),
+            files.name("pids"),
+        );
+        fs::write(files.path("script"), script).expect("a file");
+        let pool = format!("run=exec:sh {}", files.name("script"));
+        // A second for the program to begin, also on a slow machine.
+        let args = ["--pool", &pool, "--item-timeout", "run=1s", "--max-attempts", "1"];
+        let server = Server::serve(&args).await;
+        let client = server.client().await;
+        let call = spawn_call(&client, WorkItem::new("run", ""));
+        let started = files.lines_of("pids", 1).await[0].parse().expect("a pid");
+        assert_refused(refusal(answer(call).await), TIMEOUT, "in work for over 1s");
+        assert_eq!(files.lines("told"), ["told"]);
+        until("the end of the pipeline", || (!is_alive(started)).then_some(())).await;
+        let log = server.drain().await;
+        assert!(log.contains("was killed by SIGKILL (9)"), "{log}");
+    });
+}
+
+#[test]
+fn a_signal_that_is_not_the_supervisors_ends_no_program() {
+    run(async {
+        let files = Files::new();
+        let script =
+            format!("echo $PPID >> {0}; until [ -e {1} ]; do sleep 0.01; done", files.name("pids"), files.name("go"));
+        fs::write(files.path("script"), script).expect("a file");
+        let pool = format!("run=exec:sh {}", files.name("script"));
+        let server = Server::serve(&["--pool", &pool]).await;
+        let call = spawn_call(&server.client().await, WorkItem::new("run", ""));
+        let worker = files.lines_of("pids", 1).await[0].parse().expect("a pid");
+        // As a service manager does it, which then waits for the end of all.
+        signal(worker, Signal::SIGTERM);
+        files.make("go");
+        assert_eq!(answer(call).await.expect("a result").attempts, 1);
+        assert_eq!(server.child("w0").await, worker);
+        server.drain().await;
+    });
+}
+
+#[test]
+fn timers_are_there_for_pools_with_a_timeout_only_and_set_only_at_work() {
+    run(async {
+        let pools = ["--pool", "a:3=echo", "--pool", "b:2=echo", "--pool", "c=sleep:10s"];
+        let server = Server::serve(&pools).await;
+        assert_serves(&server.client().await, "a").await;
+        assert_eq!(timers(server.pid()), [""; 0]);
+        server.drain().await;
+
+        let limits = ["--item-timeout", "a=0", "--item-timeout", "1h", "--item-timeout", "c=2h"];
+        let server = Server::serve(&[pools.as_slice(), limits.as_slice()].concat()).await;
+        let client = server.client().await;
+        for pool in ["a", "b"] {
+            assert_serves(&client, pool).await;
+        }
+        assert_eq!(timers(server.pid()), ["(0, 0)"; 3], "two of b, one of c, none of a; nobody works");
+        let call = spawn_call(&client, WorkItem::new("c", ""));
+        until("a timer that is set", || {
+            timers(server.pid()).iter().any(|due| due.starts_with("(7199,") || due.starts_with("(7198,")).then_some(())
+        })
+        .await;
+        call.abort();
+    });
+}
+
+#[test]
+fn a_worker_that_wants_too_much_memory_dies_of_it() {
+    run(async {
+        let server = Server::handlers(&["hog"], "worker_memory = '64MiB'\nmax_attempts = 2").await;
+        let client = server.client().await;
+        let hog = |mib: u32| client.call(WorkItem::new("hog", mib.to_string()));
+        let enough = soon("an answer", hog(32)).await.expect("so much it may have");
+        assert_eq!(enough.payload, (32_u32 << 20).to_string());
+        assert_refused(refusal(soon("an answer", hog(1024)).await), CRASHED, "was killed by SIGABRT (6)");
+        // The next worker has as much again.
+        assert_eq!(soon("an answer", hog(32)).await.expect("a result").attempts, 1);
+        server.drain().await;
+
+        let server = Server::handlers(&["hog"], "").await;
+        let result = server.client().await.call(WorkItem::new("hog", "256")).await.expect("there is no limit");
+        assert_eq!(result.payload, (256_u32 << 20).to_string());
+        server.drain().await;
+    });
+}
+
+#[test]
+fn the_memory_of_programs_is_limited_too() {
+    run(async {
+        let pools = ["--pool", "free=exec:sh -c 'ulimit -d'", "--pool", "tight=exec:sh -c 'ulimit -d'"];
+        let server = Server::serve(&[pools.as_slice(), &["--worker-memory", "tight=48MiB"]].concat()).await;
+        let client = server.client().await;
+        let mut limits = Vec::new();
+        for pool in ["free", "tight"] {
+            let result = soon("an answer", client.call(WorkItem::new(pool, ""))).await.expect("a result");
+            limits.push(String::from_utf8(result.payload.into()).expect("text"));
+        }
+        assert_ne!(limits[0], limits[1]);
+        assert_eq!(limits[1].trim(), (48 << 10).to_string(), "KiB");
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_pool_in_a_crash_loop_does_not_serve_until_a_worker_stays_up() {
+    run(async {
+        let server = Server::serve(&["--pool", "bad=echo", "--pool", "good=echo"]).await;
+        let health = Health::of(&server).await;
+        let recovered = || server.log().contains("the pool serves again");
+        let mut worker = 0;
+        until_async("the verdict", async || {
+            worker = server.successor("w0", worker).await;
+            signal(worker, Signal::SIGKILL);
+            until("its death", || (!is_alive(worker)).then_some(())).await;
+            server.log().contains("the pool does not serve")
+        })
+        .await;
+        // It is started again, and that is not enough.
+        for _ in 0..2 {
+            worker = server.successor("w0", worker).await;
+            for _ in 0..20 {
+                assert!(!health.serves("bad").await || recovered());
+            }
+            signal(worker, Signal::SIGKILL);
+        }
+        assert!(health.serves("good").await && health.serves("").await);
+        // But to stay is.
+        server.successor("w0", worker).await;
+        server.logged("the pool serves again").await;
+        health.until("bad", true).await;
+        let log = server.drain().await;
+        let verdict = log.lines().find(|line| line.contains("the pool does not serve")).expect("it was there");
+        for says in ["ERROR", "pool=\"bad\"", "was killed by SIGKILL (9)", "deaths_in_a_row=5", "next_try_in="] {
+            assert!(verdict.contains(says), "`{verdict}` does not say {says}");
+        }
+        assert!(!log.contains("pool=\"good\""), "{log}");
+    });
+}
+
+/// The same for what takes awaiting.
+async fn until_async(what: &str, mut look: impl AsyncFnMut() -> bool) {
+    let begin = std::time::Instant::now();
+    while !look().await {
+        assert!(begin.elapsed() < common::PATIENCE, "waited for {what}");
+    }
+}
+
+#[test]
+fn what_is_sent_to_a_pool_in_a_crash_loop_waits_for_its_end() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["crash_until", "count"], "max_attempts = 255").await;
+        let client = server.client().await;
+        let health = Health::of(&server).await;
+        let item = || WorkItem::new("crash_until", "").with_metadata("until", files.name("mended"));
+        let first = spawn_call(&client, item());
+        server.logged("the pool does not serve").await;
+        health.until("crash_until", false).await;
+        let second = spawn_call(&client, item());
+        let hurried = WorkItem::new("crash_until", "").with_timeout(Duration::from_millis(50));
+        let late = (Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+        assert_refused(refusal(soon("its deadline", client.call(hurried)).await), late, "deadline");
+        files.make("mended");
+        assert!(answer(first).await.expect("a result").attempts > 5);
+        answer(second).await.expect("a result");
+        health.until("crash_until", true).await;
+        let log = server.drain().await;
+        for once in ["the pool does not serve", "the pool serves again"] {
+            assert_eq!(log.matches(once).count(), 1, "{log}");
+        }
+    });
+}
+
+#[test]
+fn limits_of_pools_that_are_not_there_are_refused() {
+    run(async {
+        for (args, says) in [
+            (["--item-timeout", "b=1s"], "--item-timeout b=…: there is no pool `b`"),
+            (["--item-timeout", "soon"], "`soon` is not a duration"),
+            (["--worker-memory", "a=1x"], "`1x` is not a size"),
+            (["--worker-memory", "1MiB"], "pool a has a worker_memory of 1MiB: give its workers at least 8MiB"),
+        ] {
+            let name = common::server::unique_name();
+            let mut command = common::server::serve_command(&name, &["--pool", "a=echo"]);
+            command.args(args);
+            common::program::finish(command, b"").await.assert_failed(2, says);
+        }
+    });
+}
