@@ -19,6 +19,13 @@
 //! The two usual designs have a step after which a death hurts: pop-then-claim loses the hint of an item nobody has
 //! claimed, and reserve-then-publish (Vyukov's queue, DPDK's `rte_ring`) leaves a reserved cell that everybody waits for.
 //!
+//! # When somebody scribbles over it
+//!
+//! Whatever the words of a lane say, `push` and `take` end: each look at a cell either ends them or moves a counter, and after
+//! two laps of that they give up, as if the lane were full or empty. A cell that is older than any that can be here by the
+//! rules is as good as an empty one. Hints may be lost then, and a lane that is out of joint stays so; [`Lane::is_sound`] tells,
+//! and [`Lane::reset`] empties it, whoever uses it meanwhile: the caller then sees to the hints of all that is READY.
+//!
 //! # Who writes what
 //!
 //! | word | writers | pairs |
@@ -30,7 +37,7 @@
 use super::{GENERATION_BITS, Hint, INDEX_BITS};
 use crate::{
     crash_point::crash_point,
-    sync::{AtomicU64, Ordering::*, retry},
+    sync::{AtomicU64, Ordering::*, fence, retry},
 };
 
 const INDEX_MASK: u64 = (1 << INDEX_BITS) - 1;
@@ -39,6 +46,8 @@ const FULL: u64 = 1 << (INDEX_BITS + GENERATION_BITS);
 const LAP_SHIFT: u32 = INDEX_BITS + GENERATION_BITS + 1;
 const LAP_MASK: u64 = u64::MAX >> LAP_SHIFT;
 const LAP_HALF: u64 = LAP_MASK / 2;
+/// A lost race is tried again so often, beside once for each cell of two laps.
+const TRIES: usize = 1000;
 
 /// The lane has no empty cell. It has twice as many as there are items, so this means that more than half of them
 /// hold stale hints that no worker came to remove.
@@ -64,7 +73,8 @@ enum Cell {
     Newer,
     /// Still holds the hint of a lap before.
     OlderFull,
-    /// The counter that led here is older than the cell by more than can be told: load it again.
+    /// Older than it can be. Either it is newer by now, and a CAS of it will fail, or somebody scribbled over it or the
+    /// counter, and there is nothing in it.
     Older,
 }
 
@@ -116,13 +126,18 @@ impl<'a> Lane<'a> {
     /// Publishes a hint. The item it points at must already be READY.
     #[inline]
     pub fn push(&self, hint: Hint) -> Result<(), Full> {
-        loop {
+        for _ in 0..self.tries() {
             let tail = self.tail.load(Relaxed);
             let cell = self.cell(tail);
             // L1': an emptied cell's taker is done with it.
             let seen = cell.load(Acquire);
             match self.read(tail, seen) {
-                Cell::Empty => {
+                Cell::OlderFull if self.is_full(tail) => {
+                    if self.tail.load(Relaxed) == tail {
+                        return Err(Full);
+                    }
+                }
+                Cell::Empty | Cell::Older | Cell::OlderFull => {
                     // L0: whoever sees the hint sees the READY item behind it.
                     if cell.compare_exchange(seen, self.full(tail, hint), Release, Relaxed).is_ok() {
                         crash_point!("lane.pushed");
@@ -135,11 +150,21 @@ impl<'a> Lane<'a> {
                 Cell::Full(_) | Cell::Newer => {
                     let _ = self.tail.compare_exchange(tail, tail.wrapping_add(1), Relaxed, Relaxed);
                 }
-                Cell::OlderFull if self.tail.load(Relaxed) == tail => return Err(Full),
-                Cell::OlderFull | Cell::Older => {}
             }
             retry();
         }
+        Err(Full)
+    }
+
+    /// How often `push` and `take` look.
+    fn tries(&self) -> usize {
+        2 * self.cells.len() + TRIES
+    }
+
+    /// Whether the cell of this tail may still be full: not if takers have passed it, for they empty what they pass.
+    #[cold]
+    fn is_full(&self, tail: u64) -> bool {
+        tail.wrapping_sub(self.head.load(Relaxed)) >= self.cells.len() as u64
     }
 
     /// Takes the oldest hint whose item `claim` claims. Hints that it refuses are stale and are removed.
@@ -154,13 +179,13 @@ impl<'a> Lane<'a> {
     /// The same, and `ahead` is given the hint behind it if there is one already, to fetch what it points at.
     #[inline]
     pub fn take_ahead(&self, mut claim: impl FnMut(Hint) -> bool, mut ahead: impl FnMut(Hint)) -> Option<Hint> {
-        loop {
+        for _ in 0..self.tries() {
             let head = self.head.load(Relaxed);
             let cell = self.cell(head);
             // L0': the item behind the hint is READY or newer.
             let seen = cell.load(Acquire);
             match self.read(head, seen) {
-                Cell::Empty => return None,
+                Cell::Empty | Cell::Older | Cell::OlderFull => return None,
                 Cell::Full(hint) => {
                     let behind = head.wrapping_add(1);
                     // Relaxed: good for fetching ahead and no more.
@@ -184,17 +209,54 @@ impl<'a> Lane<'a> {
                 Cell::Newer => {
                     let _ = self.head.compare_exchange(head, head.wrapping_add(1), Relaxed, Relaxed);
                 }
-                Cell::OlderFull | Cell::Older => {}
             }
             retry();
         }
+        None
     }
 
     /// Whether a taker would find nothing, stale hints aside.
     pub fn is_empty(&self) -> bool {
         let head = self.head.load(Relaxed);
         // Acquire as in `take`; the caller of a look before sleeping has the doorbell's fence before it.
-        matches!(self.read(head, self.cell(head).load(Acquire)), Cell::Empty)
+        matches!(self.read(head, self.cell(head).load(Acquire)), Cell::Empty | Cell::Older | Cell::OlderFull)
+    }
+
+    /// Whether its words fit together, as they do whatever died or is going on here, unless somebody scribbled over them:
+    /// what lies between head and tail was pushed, and what lies behind is not left over.
+    pub fn is_sound(&self) -> bool {
+        let (head, tail) = (self.head.load(Relaxed), self.tail.load(Relaxed));
+        // What was pushed and taken when the two were read, is now seen to be.
+        fence(SeqCst);
+        let cells = self.cells.len() as u64;
+        let held = tail.wrapping_sub(head);
+        // The tail may be behind the head: both only follow the cells.
+        if held > cells && head.wrapping_sub(tail) > cells {
+            return false;
+        }
+        (0..cells).all(|ahead| {
+            let position = head.wrapping_add(ahead);
+            let seen = self.cell(position).load(Acquire);
+            let laps_ahead = (seen >> LAP_SHIFT).wrapping_sub(self.lap(position)) & LAP_MASK;
+            match self.read(position, seen) {
+                Cell::Full(_) => true,
+                Cell::Newer => laps_ahead <= 2,
+                Cell::Empty => held > cells || ahead >= held,
+                Cell::OlderFull | Cell::Older => false,
+            }
+        })
+    }
+
+    /// Empties it, whatever it says and whoever uses it meanwhile: what they push may be lost.
+    pub fn reset(&self) {
+        let cells = self.cells.len() as u64;
+        // Counters that somebody has in hand right now must not fit again.
+        let start = (self.tail.load(Relaxed) | (cells - 1)).wrapping_add(1 + 8 * cells);
+        for position in (0..cells).map(|ahead| start.wrapping_add(ahead)) {
+            self.cell(position).store(self.empty(position), Release);
+        }
+        self.tail.store(start, Release);
+        self.head.store(start, Release);
     }
 }
 
@@ -299,6 +361,97 @@ mod tests {
         memory.cells[0].store(lane.empty(4), Relaxed);
         assert_eq!(lane.take(|_| true), Some(hint(2)));
         assert_eq!(memory.head.load(Relaxed), 2);
+    }
+
+    /// Numbers of a kind that scribbling leaves: any at all, and some that look like something.
+    fn garbage(seed: u64) -> impl FnMut() -> u64 {
+        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+        move || {
+            state ^= state << 13;
+            state ^= state >> 7;
+            state ^= state << 17;
+            match state % 4 {
+                0 => 0,
+                1 => u64::MAX,
+                2 => state >> 58,
+                _ => state,
+            }
+        }
+    }
+
+    /// Whatever somebody wrote over it, each call ends; and once it is reset, it is a lane like any other.
+    #[test]
+    fn garbage_is_survived_and_mended() {
+        for seed in 0..if cfg!(miri) { 5 } else { 2000 } {
+            let mut random = garbage(seed);
+            let cells = 2 << (seed % 4);
+            let memory = Memory::new(cells);
+            let lane = memory.lane();
+            for i in 0..seed as u32 % 100 {
+                let _ = lane.push(hint(i));
+                if i % 3 > 0 {
+                    lane.take(|_| true);
+                }
+                assert!(lane.is_sound(), "{seed}");
+            }
+            for word in [&memory.head, &memory.tail].into_iter().chain(&memory.cells) {
+                if !random().is_multiple_of(3) {
+                    word.store(random(), Relaxed);
+                }
+            }
+            for i in 0..3 {
+                let _ = (lane.push(hint(i)), lane.take(|_| false), lane.take(|_| true), lane.is_empty());
+            }
+            let _ = lane.is_sound();
+            lane.reset();
+            for round in 0..3 {
+                assert!(lane.is_sound() && lane.is_empty(), "{seed} {round}");
+                for i in 0..cells as u32 {
+                    lane.push(hint(i)).unwrap();
+                }
+                assert!(lane.is_sound(), "{seed} {round}");
+                assert_eq!(lane.push(hint(0)), Err(Full));
+                for i in 0..cells as u32 {
+                    assert_eq!(lane.take(|_| true), Some(hint(i)));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn what_was_scribbled_over_shows() {
+        let memory = Memory::new(8);
+        let lane = memory.lane();
+        for i in 0..20 {
+            lane.push(hint(i)).unwrap();
+            if i >= 4 {
+                lane.take(|_| true);
+            }
+        }
+        assert_eq!((memory.head.load(Relaxed), memory.tail.load(Relaxed)), (16, 20));
+        for (at, word) in [&memory.head, &memory.tail].into_iter().chain(&memory.cells).enumerate() {
+            for bad in [0, u64::MAX, 0x5555_5555_5555_5555, FULL] {
+                let good = word.swap(bad, Relaxed);
+                assert!(!lane.is_sound(), "word {at} is {bad:x}");
+                word.store(good, Relaxed);
+                assert!(lane.is_sound());
+            }
+        }
+    }
+
+    /// A cell that no taker will come to is used again.
+    #[test]
+    fn a_left_over_cell_does_not_close_the_lane() {
+        let memory = Memory::at(4, 8);
+        let lane = memory.lane();
+        memory.cells[2].store(lane.full(6, hint(7)), Relaxed);
+        memory.cells[3].store(lane.empty(3), Relaxed);
+        for i in 0..4 {
+            lane.push(hint(i)).unwrap();
+        }
+        for i in 0..4 {
+            assert_eq!(lane.take(|_| true), Some(hint(i)));
+        }
     }
 
     /// Every item is claimed once, by many pushers and takers at once, though each hint is offered twice.

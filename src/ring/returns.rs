@@ -13,6 +13,14 @@
 //! one Release store publishes, and costs one line transfer. The consumer tells its position only every quarter lap;
 //! the producer reads that line only when its private copy says full.
 //!
+//! # When somebody scribbles over it
+//!
+//! What an entry was before its position came is known: that of a lap ago, or what [`prepare`] wrote. Anything else is damage,
+//! and where the producer is by now, the consumer cannot know. It remembers what is in the ring, says that entries may be
+//! lost ([`Consumer::take_lost`]: then a look at the items finds them), and goes on behind the next entry that comes. Whoever
+//! takes over does not believe a head that does not fit its entry. So nothing that the memory may hold ends in more than
+//! a look at all entries.
+//!
 //! | word | writer | pairs |
 //! |---|---|---|
 //! | entry | producer | **R0** Release push → **R0'** Acquire pop |
@@ -36,6 +44,45 @@ fn is_at(entry: u64, position: u64) -> bool {
     entry >> INDEX_BITS == position.wrapping_add(1) & SEQUENCE_MASK
 }
 
+/// Whether an entry is what is there before a position is used.
+fn is_before(entry: u64, position: u64, entries: &[AtomicU64]) -> bool {
+    is_at(entry, position.wrapping_sub(entries.len() as u64))
+}
+
+/// Makes a ring of zeros one that was never used. Before anybody pushes.
+pub fn prepare(head: &AtomicU64, entries: &[AtomicU64]) {
+    if head.load(Relaxed) == 0 && entries.iter().all(|entry| entry.load(Relaxed) == 0) {
+        for (at, entry) in entries.iter().enumerate() {
+            entry.store(unused(at, entries.len()), Relaxed);
+        }
+    }
+}
+
+/// What an entry is that was never used.
+pub fn unused(at: usize, entries: usize) -> u64 {
+    entry((at as u64).wrapping_sub(entries as u64), INDEX_MASK as u32)
+}
+
+/// The position of an entry that was pushed, if it can be in its slot.
+fn position_of(entries: &[AtomicU64], at: usize, entry: u64) -> Option<u64> {
+    let position = (entry >> INDEX_BITS).checked_sub(1)?;
+    (slot(entries, position) == at && entry & INDEX_MASK != INDEX_MASK).then_some(position)
+}
+
+/// Where to go on from a head: there, if that can be; else behind the newest entry. Most of them are taken to be good.
+fn start(entries: &[AtomicU64], head: u64) -> u64 {
+    let seen = entries[slot(entries, head)].load(Acquire);
+    if is_at(seen, head) || is_before(seen, head, entries) {
+        return head;
+    }
+    let position = |(at, entry): (usize, &AtomicU64)| position_of(entries, at, entry.load(Acquire));
+    let mut positions: Vec<_> = entries.iter().enumerate().filter_map(position).collect();
+    positions.sort_unstable();
+    let Some(&middle) = positions.get(positions.len() / 2) else { return 0 };
+    let newest = positions.into_iter().filter(|position| position.wrapping_sub(middle) < entries.len() as u64).max();
+    newest.map_or(0, |newest| newest.wrapping_add(1))
+}
+
 /// The worker's end.
 #[derive(Debug)]
 pub struct Producer<'a> {
@@ -49,14 +96,14 @@ impl<'a> Producer<'a> {
     /// Takes over from whoever produced before: goes on behind the newest entry of the ring.
     pub fn resume(head: &'a AtomicU64, entries: &'a [AtomicU64]) -> Self {
         assert!(entries.len().is_power_of_two(), "a return ring has a power of two of entries");
-        let known_head = head.load(Acquire);
-        let mut position = known_head;
-        // At most a ring of entries can follow the head; whatever else the memory may hold, this ends.
-        while position.wrapping_sub(known_head) < entries.len() as u64
-            && is_at(entries[slot(entries, position)].load(Acquire), position)
-        {
-            position = position.wrapping_add(1);
-        }
+        let known_head = start(entries, head.load(Acquire));
+        // At most a ring of entries can follow the head. The newest, not the first that is missing: there may be holes.
+        let follows = |ahead: &u64| {
+            let position = known_head.wrapping_add(*ahead);
+            is_at(entries[slot(entries, position)].load(Acquire), position)
+        };
+        let newest = (0..entries.len() as u64).rev().find(follows);
+        let position = newest.map_or(known_head, |ahead| known_head.wrapping_add(ahead + 1));
         Producer { head, entries, position, known_head }
     }
 
@@ -67,8 +114,11 @@ impl<'a> Producer<'a> {
         if self.position.wrapping_sub(self.known_head) >= capacity {
             // R1': the entries before the head have been read.
             self.known_head = self.head.load(Acquire);
-            if self.position.wrapping_sub(self.known_head) >= capacity {
-                return false;
+            match self.position.wrapping_sub(self.known_head) {
+                held if held == capacity => return false,
+                // No head of this ring's: the consumer will tell another.
+                held if held > capacity => self.known_head = self.position,
+                _ => {}
             }
         }
         // R0: whoever sees the entry sees the DONE item behind it.
@@ -79,19 +129,32 @@ impl<'a> Producer<'a> {
     }
 }
 
+/// A head that is this far ahead is none.
+const NO_HEAD: u64 = 1 << 43;
+
 /// The front's end.
 #[derive(Debug)]
 pub struct Consumer<'a> {
     head: &'a AtomicU64,
     entries: &'a [AtomicU64],
     position: u64,
+    /// What the head was set to last.
+    told: u64,
+    /// What was in the ring at the last look, if it is damaged; the next entry that changes tells the position.
+    damaged: Option<Vec<u64>>,
+    lost: bool,
 }
 
 impl<'a> Consumer<'a> {
     /// Takes over from whoever consumed before: goes on from the last position that was told.
     pub fn resume(head: &'a AtomicU64, entries: &'a [AtomicU64]) -> Self {
         assert!(entries.len().is_power_of_two(), "a return ring has a power of two of entries");
-        Consumer { head, entries, position: head.load(Relaxed) }
+        let told = head.load(Relaxed);
+        let mut consumer = Consumer { head, entries, position: start(entries, told), told, damaged: None, lost: false };
+        if consumer.position != told {
+            consumer.tell(consumer.position);
+        }
+        consumer
     }
 
     /// The index that `pop` will give next, if it is there already.
@@ -108,15 +171,61 @@ impl<'a> Consumer<'a> {
         // R0': the item behind the entry is DONE or newer.
         let seen = self.entries[slot(self.entries, self.position)].load(Acquire);
         if !is_at(seen, self.position) {
+            if self.damaged.is_some() || !is_before(seen, self.position, self.entries) {
+                self.find();
+            }
             return None;
         }
         self.position = self.position.wrapping_add(1);
         if self.position & (self.entries.len() as u64 / 4).saturating_sub(1) == 0 {
-            // R1: the entries before it have been read and may be overwritten.
-            self.head.store(self.position, Release);
-            crash_point!("returns.told");
+            self.tell(self.position);
         }
         Some((seen & INDEX_MASK) as u32)
+    }
+
+    fn tell(&mut self, head: u64) {
+        self.told = head;
+        // R1: the entries before it have been read and may be overwritten.
+        self.head.store(head, Release);
+        crash_point!("returns.told");
+    }
+
+    /// Waits for an entry to tell the position.
+    #[cold]
+    fn find(&mut self) {
+        let now: Vec<_> = self.entries.iter().map(|entry| entry.load(Acquire)).collect();
+        let Some(before) = self.damaged.replace(now) else {
+            self.lost = true;
+            // One that is none, so that a full ring does not wait for us.
+            return self.tell(self.position.wrapping_add(NO_HEAD));
+        };
+        let now = self.damaged.iter().flatten();
+        let changed = now.zip(before).enumerate().filter(|(_, (now, before))| *now != before);
+        let newest = changed.filter_map(|(at, (now, _))| position_of(self.entries, at, *now)).max();
+        if let Some(newest) = newest {
+            self.position = newest.wrapping_add(1);
+            self.damaged = None;
+            self.lost = true;
+            self.tell(self.position);
+        }
+    }
+
+    /// Looks whether head and last entry are what they were left as. After a death: a successor of the producer goes by
+    /// them, and may write over what would have shown.
+    pub fn check(&mut self) {
+        let last = self.position.wrapping_sub(1);
+        let seen = self.entries[slot(self.entries, last)].load(Acquire);
+        // In a full ring the newest entry is there already.
+        let is_there = is_at(seen, last) || is_at(seen, last.wrapping_add(self.entries.len() as u64));
+        if self.damaged.is_none() && !(is_there && self.head.load(Relaxed) == self.told) {
+            self.find();
+        }
+    }
+
+    /// Whether entries may have been lost since this was asked last. Their items are DONE: look at all.
+    #[inline]
+    pub fn take_lost(&mut self) -> bool {
+        std::mem::take(&mut self.lost)
     }
 }
 
@@ -129,8 +238,10 @@ mod tests {
     use super::*;
     use std::thread;
 
-    fn memory(entries: usize) -> (AtomicU64, Vec<AtomicU64>) {
-        (AtomicU64::new(0), (0..entries).map(|_| AtomicU64::new(0)).collect())
+    fn memory(len: usize) -> (AtomicU64, Vec<AtomicU64>) {
+        let (head, entries) = (AtomicU64::new(0), (0..len).map(|_| AtomicU64::new(0)).collect::<Vec<_>>());
+        prepare(&head, &entries);
+        (head, entries)
     }
 
     #[test]
@@ -179,6 +290,58 @@ mod tests {
             assert!(producer.push(i));
         }
         assert!(!Producer::resume(&head, &entries).push(9));
+    }
+
+    /// All that is pushed after the damage is popped, or told to be lost.
+    #[test]
+    fn a_ring_that_was_scribbled_over_mends_itself() {
+        let garbage = [0, u64::MAX, 0x5555_5555_5555_5555, entry(1 << 40, 9)];
+        for (used, held, width) in [(0, 0, 1), (3, 2, 1), (3, 2, 4), (11, 5, 3), (30, 8, 1), (30, 4, 8)] {
+            for (at, bad) in (0..9).flat_map(|at| garbage.map(|bad| (at, bad))) {
+                let what = format!("{used} used, {held} held, {width} words from {at} are {bad:x}");
+                let (head, entries) = memory(8);
+                let mut producer = Producer::resume(&head, &entries);
+                let mut consumer = Consumer::resume(&head, &entries);
+                for i in 0..used {
+                    assert!(producer.push(i));
+                    assert_eq!(consumer.pop(), Some(i));
+                }
+                for i in 0..held {
+                    assert!(producer.push(i));
+                }
+                // The head comes first.
+                let words = || [&head].into_iter().chain(&entries).cycle().skip(at).take(width);
+                words().for_each(|word| word.store(bad, Relaxed));
+                // Whatever is left of before.
+                while consumer.pop().is_some() {}
+                consumer.take_lost();
+                for i in 100..140 {
+                    let mut told = !producer.push(i);
+                    told |= std::iter::from_fn(|| consumer.pop()).last() == Some(i);
+                    assert!(told | consumer.take_lost(), "{what}: {i} is lost");
+                }
+                assert!(producer.push(7) && consumer.pop() == Some(7), "{what}");
+
+                // The same to successors of each, and then they know nothing but what is there.
+                words().for_each(|word| word.store(bad, Relaxed));
+                let mut producer = Producer::resume(&head, &entries);
+                consumer.check();
+                for i in 200..240 {
+                    let mut told = !producer.push(i);
+                    told |= std::iter::from_fn(|| consumer.pop()).last() == Some(i);
+                    // Its predecessor's death is a reason to look, at first.
+                    assert!(told | consumer.take_lost() || i == 200, "{what}: {i} is lost after a death");
+                }
+                words().for_each(|word| word.store(bad, Relaxed));
+                let mut consumer = Consumer::resume(&head, &entries);
+                for i in 300..340 {
+                    let mut told = !producer.push(i);
+                    told |= std::iter::from_fn(|| consumer.pop()).last() == Some(i);
+                    assert!(told | consumer.take_lost() || i == 300, "{what}: {i} is lost after the front's death");
+                }
+                assert!(producer.push(7) && consumer.pop() == Some(7), "{what}");
+            }
+        }
     }
 
     #[test]

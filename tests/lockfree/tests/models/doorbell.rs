@@ -8,7 +8,7 @@ use std::sync::{
 
 use forkring_lockfree::{
     check::{Check, Mortal},
-    ring::{Consumer, Hint, Producer},
+    ring::{Consumer, Hint, Producer, returns},
     sleepers::Sleepers,
     sync::{AtomicU64, Fault, Ordering::*},
     word::{Phase, Word},
@@ -39,7 +39,7 @@ impl House {
         }
         Arc::new(House {
             world,
-            returns: [(); 2].map(|()| (zero(), vec![zero(), zero()])),
+            returns: [(); 2].map(|()| (zero(), [0, 1].map(|at| AtomicU64::new(returns::unused(at, 2))).into())),
             idle: [zero()],
             door: [zero()],
             bells: [(); 3].map(|()| Notify::new()),

@@ -4,7 +4,7 @@ use std::sync::{Arc, Mutex};
 
 use forkring_lockfree::{
     check::{Check, Mortal},
-    ring::{Consumer, INDEX_BITS, Producer},
+    ring::{Consumer, INDEX_BITS, Producer, returns},
     sync::{AtomicU64, Fault, Ordering::*},
     word::{Phase, Word},
 };
@@ -40,7 +40,7 @@ impl World {
     fn new(entries: usize, items: usize) -> Arc<Self> {
         Arc::new(World {
             head: AtomicU64::new(0),
-            entries: (0..entries).map(|_| AtomicU64::new(0)).collect(),
+            entries: (0..entries).map(|at| AtomicU64::new(returns::unused(at, entries))).collect(),
             words: (0..items).map(|_| AtomicU64::new(0)).collect(),
             rescan: AtomicU64::new(0),
             begun: Log::default(),
