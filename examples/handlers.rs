@@ -10,6 +10,7 @@
 use std::{
     fs::OpenOptions,
     io::{self, Write as _},
+    os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
     thread,
     time::Duration,
@@ -30,7 +31,7 @@ struct Options {
     pools: Vec<String>,
 }
 
-const POOLS: [&str; 13] = [
+const POOLS: [&str; 14] = [
     "fail",
     "panic",
     "big",
@@ -44,6 +45,7 @@ const POOLS: [&str; 13] = [
     "cancel",
     "hold",
     "hog",
+    "scribble",
 ];
 
 fn pool(name: &str) -> Option<Pool> {
@@ -61,6 +63,7 @@ fn pool(name: &str) -> Option<Pool> {
         "cancel" => Pool::new(name, cancel),
         "hold" => Pool::new(name, hold),
         "hog" => Pool::new(name, hog),
+        "scribble" => Pool::new(name, scribble),
         _ => return None,
     })
 }
@@ -153,6 +156,48 @@ fn hog(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
     }
     write!(reply, "{}", all.iter().map(Vec::len).sum::<usize>())?;
     Ok(())
+}
+
+/// Writes garbage all over the shared memory that its worker may write, as a wild pointer might, and dies. The payload is
+/// where to begin in the garbage. Once, by the file that the metadata names: it may be given the item again.
+fn scribble(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    let once = item.metadata("once").ok_or_else(|| io::Error::other("no file"))?;
+    OpenOptions::new().write(true).create_new(true).open(once)?;
+    let mut state = (number(item)? as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
+    let mut random = |below: u64| {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        state % below
+    };
+    // The parts that are mapped for writing: START-END PERMISSIONS OFFSET DEVICE INODE PATH.
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    let parts: Vec<_> =
+        maps.lines().filter(|line| line.contains(" rw-s ") && line.contains("/dev/shm/forkring-")).collect();
+    let path =
+        parts.first().and_then(|part| part.split(' ').next_back()).ok_or_else(|| io::Error::other("no segment"))?;
+    let segment = OpenOptions::new().read(true).write(true).open(path)?;
+    let hex = |text: Option<&str>| u64::from_str_radix(text.unwrap_or_default(), 16).map_err(io::Error::other);
+    for _ in 0..300 {
+        // The control part comes first, and has the more to lose.
+        let part = parts[(random(5) == 0) as usize % parts.len()];
+        let mut words = part.split([' ', '-']);
+        let len = hex(words.next()).and_then(|start| Ok(hex(words.next())? - start))?;
+        let offset = hex(words.nth(2))?;
+        let place = |random: &mut dyn FnMut(u64) -> u64| offset + random(len / 8) * 8;
+        let mut bytes = vec![0; 8 << random(6)];
+        match random(4) {
+            0 => {}
+            1 => bytes.fill(0xff),
+            2 => bytes.iter_mut().for_each(|byte| *byte = random(256) as u8),
+            // What looks like something.
+            _ => drop(segment.read_at(&mut bytes, place(&mut random))?),
+        }
+        let at = place(&mut random);
+        bytes.truncate((offset + len - at) as usize);
+        segment.write_all_at(&bytes, at)?;
+    }
+    std::process::abort()
 }
 
 /// Works until nobody waits for the result any more, and notes that in the file that the metadata names.

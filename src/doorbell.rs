@@ -14,7 +14,7 @@ use std::{
 };
 
 use rustix::{
-    event::{EventfdFlags, PollFd, PollFlags, eventfd, poll},
+    event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll},
     io::Errno,
 };
 use tokio::io::unix::AsyncFd;
@@ -67,6 +67,12 @@ impl Bell {
     /// Forgets the rings so far, without sleeping.
     pub fn drain(&self) -> io::Result<()> {
         self.wait()
+    }
+
+    /// Whether somebody rang. It stays so until it is drained.
+    pub fn has_rung(&self) -> bool {
+        let at_once = Timespec { tv_sec: 0, tv_nsec: 0 };
+        poll(&mut [PollFd::new(&self.0, PollFlags::IN)], Some(&at_once)) == Ok(1)
     }
 
     /// Another handle on the same bell.

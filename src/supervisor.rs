@@ -148,6 +148,8 @@ pub struct Supervisor {
     letters: DeadLetters,
     watch: Watch,
     verdicts: Verdicts,
+    /// Whether the gate is.
+    is_open: bool,
 }
 
 impl Supervisor {
@@ -180,7 +182,20 @@ impl Supervisor {
         let timeouts = pools.iter().flat_map(|pool| (0..pool.workers).map(|_| pool.item_timeout));
         let watch = Watch::new(timeouts)?;
         let (config, verdicts) = (Arc::new(config), Verdicts::default());
-        Ok(Supervisor { config, owner, segment, topology, bells, listener, pools, seats, letters, watch, verdicts })
+        Ok(Supervisor {
+            config,
+            owner,
+            segment,
+            topology,
+            bells,
+            listener,
+            pools,
+            seats,
+            letters,
+            watch,
+            verdicts,
+            is_open: false,
+        })
     }
 
     /// Forks everybody and supervises them until a drain is over.
@@ -190,6 +205,7 @@ impl Supervisor {
             // From now on there may be something in it that must outlive this process, however it ends.
             self.owner.disown();
             self.segment.open_gate();
+            self.is_open = true;
             crash_point!("supervisor.opened");
             tracing::info!(name = self.owner.name(), workers = self.seats.len() - 1, "serving");
             result = self.supervise(signals);
@@ -225,13 +241,13 @@ impl Supervisor {
 
     /// Forks the participant of a seat.
     fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
-        let Supervisor { config, owner, topology, bells, listener, pools, seats, watch, .. } = self;
+        let Supervisor { config, owner, topology, bells, listener, pools, seats, watch, is_open, .. } = self;
         let seat = &mut seats[at];
         seat.restart_at = None;
         let slot = seat.slot;
         let child = process::fork(&seat.name, || {
             owner.disown();
-            let segment = match Segment::attach(owner.object(), owner.name(), slot) {
+            let segment = match Segment::attach_by(*owner.layout(), owner.object(), owner.name(), slot) {
                 // For as long as the process lives.
                 Ok(segment) => &*Box::leak(Box::new(segment)),
                 Err(error) => {
@@ -239,7 +255,9 @@ impl Supervisor {
                     return EXIT_HOPELESS;
                 }
             };
-            segment.pass_gate();
+            if !*is_open {
+                segment.pass_gate();
+            }
             let (topology, bells) = (topology.clone(), bells.clone());
             let ended = match slot {
                 Slot::Worker(number) => {
@@ -350,7 +368,22 @@ impl Supervisor {
 
     fn enter(&self, stage: Stage) {
         self.segment.set_stage(stage);
+        self.bells.end();
         self.bells.ring_all();
+    }
+
+    /// Writes again what only the supervisor writes: the dead may have scribbled over it.
+    fn restore(&self, stage: Stage) {
+        if self.segment.stage() != stage {
+            self.segment.set_stage(stage);
+        }
+        for seat in &self.seats {
+            if self.segment.liveness(seat.slot) != seat.liveness() {
+                self.segment.set_liveness(seat.slot, seat.liveness());
+            }
+        }
+        let lanes @ 1.. = dispatch::mend(&self.segment) else { return };
+        tracing::error!(lanes, "lanes were written over by a worker, and are made anew");
     }
 
     fn is_empty(&self, of: impl Fn(Slot) -> bool) -> bool {
@@ -405,6 +438,7 @@ impl Supervisor {
         child.reap()?;
         crash_point!("supervisor.reaped");
         self.segment.set_liveness(slot, Liveness::Free);
+        self.restore(stage);
         crash_point!("supervisor.freed");
         self.ring_fronts();
 

@@ -2,16 +2,20 @@
 //!
 //! Free list, request allocator and what is known of each item are private memory, rebuilt from the item table by
 //! [`Front::attach`]: that is how a front's successor takes over.
+//!
+//! A worker can write over the item table, so what is private decides: an item's word is believed as far as it may have come
+//! of what was offered, and an item whose word may not is failed.
 
 use std::{
     cmp::Reverse,
     sync::{Arc, atomic::Ordering::*},
 };
 
-use super::{Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, wake, wake_worker};
+use super::{Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, mend, wake, wake_worker};
 use crate::{
     arena::{Block, Memory, Partition, Span, largest_block},
     crash_point::crash_point,
+    process::now,
     ring::{Consumer, Hint, Lane},
     segment::{INLINE, ItemRecord, PRIORITIES, Segment, Slot},
 };
@@ -26,6 +30,8 @@ pub enum Kind {
 }
 
 const SUBMIT: u32 = 1 << 31;
+/// The golden ratio in the bits of a generation: its multiples lie as far apart as they can.
+const SPREAD: u32 = 0x9e3_779b;
 
 /// What is offered, beside its payload.
 #[derive(Clone, Copy, Debug)]
@@ -102,6 +108,8 @@ pub enum Outcome {
     Failure(u32),
     /// What the worker wrote about its result is impossible: there is no result.
     Invalid,
+    /// Somebody wrote over the item's word: there is no result, and whether it ran is not known.
+    Damaged,
 }
 
 /// A completed item. The result is there until [`Front::release`].
@@ -134,9 +142,13 @@ pub struct Adopted {
 }
 
 /// What a front knows of each of its items.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 struct Known {
     state: State,
+    /// As what it was offered, or taken over.
+    word: Word,
+    id: u64,
+    payload_len: u32,
     request: Option<Memory>,
     extra: Option<Memory>,
 }
@@ -179,6 +191,13 @@ pub struct Front<'s> {
     pushed: u64,
 }
 
+impl Known {
+    const fn unused() -> Self {
+        let word = Word::new(0, 0, 0, Phase::Free, 0);
+        Known { state: State::Free, word, id: 0, payload_len: 0, request: None, extra: None }
+    }
+}
+
 /// The items of a front: its first, and how many.
 pub(super) fn share(segment: &Segment, front: u16) -> (u32, u32) {
     let geometry = segment.geometry();
@@ -210,7 +229,7 @@ impl<'s> Front<'s> {
             bells,
             number,
             first,
-            known: (0..count).map(|_| Known::default()).collect(),
+            known: (0..count).map(|_| Known::unused()).collect(),
             free: Vec::with_capacity(count as usize),
             arena: Partition::around(geometry.request_bytes, 2 * count, Vec::new()),
             lanes: (0..lanes(segment)).map(|lane| segment.lane(lane)).collect(),
@@ -247,10 +266,16 @@ impl<'s> Front<'s> {
     fn adopt(&mut self, index: u32, adopted: &mut Vec<Adopted>, used: &mut Vec<Span>) -> bool {
         let record = self.segment.item(index);
         let submitted = is_submitted(record);
-        loop {
+        let word = loop {
             let word = Word::load(&record.word);
             match word.phase() {
-                Phase::Free => return false,
+                Phase::Free => {
+                    if word.generation() == 0 {
+                        // Never used. Records begin far from each other, so that no word of one follows in another.
+                        Word::new(index.wrapping_mul(SPREAD), 0, 0, Phase::Free, 0).store(&record.word, word);
+                    }
+                    return false;
+                }
                 // The predecessor may have died before it pushed the hint; a second one does no harm.
                 Phase::Ready if submitted => self.unhinted.push(index),
                 Phase::Ready => {
@@ -268,9 +293,18 @@ impl<'s> Front<'s> {
                 }
                 Phase::Claimed | Phase::Done => {}
             }
-            break;
-        }
+            break word;
+        };
+        // Nobody would ever complete it: let the first look at it find it damaged.
+        let is_broken = match word.phase() {
+            Phase::Ready => usize::from(word.lane()) >= self.lanes.len(),
+            Phase::Claimed => u32::from(word.owner()) >= self.segment.geometry().workers,
+            Phase::Done | Phase::Free => false,
+        };
         let known = &mut self.known[(index - self.first) as usize];
+        known.word = if is_broken { word.discarded() } else { word };
+        known.id = record.id.load(Relaxed);
+        known.payload_len = record.payload_len.load(Relaxed);
         known.state = if submitted { State::Waiting } else { State::Abandoned };
         let (payload, extra) = request_spans(record);
         // A completed item's payload has been given back; its memory may be another's by now.
@@ -305,6 +339,11 @@ impl<'s> Front<'s> {
     /// Bytes of the request arena that are free, in however many pieces.
     pub fn free_request_bytes(&self) -> u64 {
         self.arena.free_bytes()
+    }
+
+    /// Whether the server drains.
+    pub fn is_draining(&self) -> bool {
+        self.bells.is_end()
     }
 
     /// Counts the items and payloads that were freed: when it changes, there is room.
@@ -358,12 +397,12 @@ impl<'s> Front<'s> {
 
     /// Bytes of payload that an item was offered with.
     pub fn payload_len(&self, index: u32) -> u64 {
-        self.segment.item(index).payload_len.load(Relaxed).into()
+        self.known[(index - self.first) as usize].payload_len.into()
     }
 
     /// The client's id of an item.
     pub fn id(&self, index: u32) -> u64 {
-        self.segment.item(index).id.load(Relaxed)
+        self.known[(index - self.first) as usize].id
     }
 
     /// Offers an item; its index, once it is accepted. `request` is taken only then. The workers are told by
@@ -414,6 +453,9 @@ impl<'s> Front<'s> {
         self.pushed |= 1 << offer.pool;
         let known = self.known_mut(index);
         known.state = State::Waiting;
+        known.word = ready;
+        known.id = offer.id;
+        known.payload_len = request.len() as u32;
         known.extra = extra.map(Memory::Own);
         if let Place::Arena { block, .. } = std::mem::take(request).0 {
             known.request = Some(Memory::Own(block));
@@ -505,17 +547,12 @@ impl<'s> Front<'s> {
             };
             let record = self.segment.item(index);
             let word = Word::load(&record.word);
-            if word.phase() != Phase::Done {
+            let state = known.state;
+            let is_damaged = !word.follows(known.word);
+            if matches!(state, State::Free | State::Held) || !is_damaged && word.phase() != Phase::Done {
                 continue;
             }
-            let state = std::mem::replace(&mut known.state, State::Held);
-            match state {
-                State::Waiting | State::Abandoned => {}
-                State::Free | State::Held => {
-                    known.state = state;
-                    continue;
-                }
-            }
+            known.state = State::Held;
             // Nobody reads the payload any more, and the result may have to wait.
             if let Some(payload) = known.request.take() {
                 self.arena.give_back(payload);
@@ -526,7 +563,7 @@ impl<'s> Front<'s> {
                 continue;
             }
             crash_point!("collect.held");
-            return Some(self.completion(index, record, word));
+            return Some(if is_damaged { self.damaged(index) } else { self.completion(index, record, word) });
         }
     }
 
@@ -541,6 +578,9 @@ impl<'s> Front<'s> {
                 }
                 return Some(index);
             }
+            if consumer.take_lost() {
+                self.segment.rescan(self.number).fetch_or(mend::LOOK, Relaxed);
+            }
             self.cursor += 1;
             if self.cursor == self.consumers.len() {
                 self.cursor = 0;
@@ -553,18 +593,33 @@ impl<'s> Front<'s> {
     #[cold]
     fn scan(&mut self) {
         // I2': pairs with I2, and before the look: whoever sets it again later has completed something later.
-        self.segment.rescan(self.number).swap(0, AcqRel);
+        let asked = self.segment.rescan(self.number).swap(0, AcqRel);
         crash_point!("scan.begun");
+        self.consumers.iter_mut().for_each(Consumer::check);
         for index in self.first..self.first + self.known.len() as u32 {
-            let word = Word::load(&self.segment.item(index).word);
-            match (word.phase(), self.known_mut(index).state) {
+            let record = self.segment.item(index);
+            let word = Word::load(&record.word);
+            let known = &mut self.known[(index - self.first) as usize];
+            match (word.phase(), known.state) {
+                (_, State::Waiting | State::Abandoned) if !word.follows(known.word) => self.found.push(index),
                 (Phase::Done, State::Waiting | State::Abandoned) => self.found.push(index),
-                // Given back by a sweep, which may have found the lane full.
-                (Phase::Ready, State::Waiting) if word.attempts() > 0 => self.unhinted.push(index),
+                // Given back by a sweep, which may have found the lane full; or its hint is gone, for no lane is empty that
+                // has one.
+                (Phase::Ready, State::Waiting)
+                    if word.attempts() > 0
+                        || asked & mend::HINT != 0
+                        || self.lanes.get(usize::from(word.lane())).is_some_and(Lane::is_empty) =>
+                {
+                    self.unhinted.push(index);
+                }
                 // Given back by a sweep just when it was cancelled.
                 (Phase::Ready | Phase::Claimed, State::Abandoned) => {
-                    self.known_mut(index).state = State::Waiting;
+                    known.state = State::Waiting;
                     self.cancel(index);
+                }
+                // It is nobody's: let nobody take it for his.
+                (Phase::Ready | Phase::Claimed | Phase::Done, State::Free) => {
+                    word.discarded().store(&record.word, word);
                 }
                 _ => {}
             }
@@ -604,13 +659,27 @@ impl<'s> Front<'s> {
         let len = if inside { len } else { 0 };
         Completion {
             index,
-            id: record.id.load(Relaxed),
+            id: self.id(index),
             outcome,
             len,
             worker: word.owner(),
             attempts: u32::from(word.attempts()) + u32::from(word.owner() != SUPERVISOR),
             times: [&record.offered, &record.claimed, &record.done].map(|time| time.load(Relaxed)),
             offset,
+        }
+    }
+
+    #[cold]
+    fn damaged(&self, index: u32) -> Completion {
+        Completion {
+            index,
+            id: self.id(index),
+            outcome: Outcome::Damaged,
+            len: 0,
+            worker: SUPERVISOR,
+            attempts: 0,
+            times: [now(); 3],
+            offset: 0,
         }
     }
 
@@ -637,12 +706,14 @@ impl<'s> Front<'s> {
     pub fn release(&mut self, index: u32) {
         let record = self.segment.item(index);
         let word = Word::load(&record.word);
-        if word.phase() != Phase::Done || self.known_mut(index).state != State::Held {
-            debug_assert!(false, "released an item that is {word:?}");
+        let known = self.known_mut(index);
+        if known.state != State::Held {
+            debug_assert!(false, "released an item that is {:?}", known.state);
             return;
         }
+        let free = if word.follows(known.word) { word.with(Phase::Free, 0) } else { known.word.discarded() };
         let in_arena = record.result_len.load(Relaxed) as usize > INLINE;
-        word.with(Phase::Free, 0).store(&record.word, word);
+        free.store(&record.word, word);
         crash_point!("release.freed");
         if in_arena && u32::from(word.owner()) < self.segment.geometry().workers {
             // It may wait for room in its result arena.

@@ -24,6 +24,7 @@ mod adopt;
 mod failure;
 mod front;
 mod letters;
+mod mend;
 pub mod metadata;
 mod reply;
 mod sweep;
@@ -34,6 +35,7 @@ pub use adopt::{Left, adopt};
 pub use failure::Failure;
 pub use front::{Adopted, Completion, Front, Kind, Offer, OfferError, Outcome, Request};
 pub use letters::{DeadLetters, Death};
+pub use mend::mend;
 pub use reply::{Reply, ReplyError};
 pub use sweep::{Swept, sweep_front, sweep_worker};
 pub use word::{Phase, SUPERVISOR, Word};
@@ -86,6 +88,7 @@ impl Topology {
 pub struct Bells {
     fronts: Vec<Bell>,
     workers: Vec<Bell>,
+    end: Bell,
 }
 
 impl Bells {
@@ -94,6 +97,7 @@ impl Bells {
         Ok(Arc::new(Bells {
             fronts: (0..fronts).map(|_| Bell::pollable()).collect::<Result<_, _>>()?,
             workers: (0..workers).map(|_| Bell::blocking()).collect::<Result<_, _>>()?,
+            end: Bell::pollable()?,
         }))
     }
 
@@ -105,6 +109,16 @@ impl Bells {
     /// A worker's.
     pub fn worker(&self, worker: u16) -> &Bell {
         &self.workers[usize::from(worker)]
+    }
+
+    /// The supervisor's: the server drains. Ring everybody after it.
+    pub fn end(&self) {
+        ring(&self.end);
+    }
+
+    /// Whether the server drains. This is not in the segment: a worker that scribbles there must not end the front.
+    pub fn is_end(&self) -> bool {
+        self.end.has_rung()
     }
 
     /// Rings everybody, whether they sleep or not: after a death, and to drain.
@@ -125,13 +139,15 @@ fn ring(bell: &Bell) {
 #[inline]
 pub(crate) fn wake_worker(segment: &Segment, topology: &Topology, bells: &Bells, pool: u16) -> bool {
     let (first, count) = topology.workers(pool);
-    match segment.idle(pool).wake_one() {
-        Some(bit) if bit < usize::from(count) => {
+    let idle = segment.idle(pool);
+    while let Some(bit) = idle.wake_one() {
+        // A bit of nobody's, that somebody scribbled there, is cleared by that.
+        if bit < usize::from(count) {
             ring(bells.worker(first + bit as u16));
-            true
+            return true;
         }
-        _ => false,
     }
+    false
 }
 
 /// Wakes a participant if it sleeps at its door. Call it after publishing what it waits for.

@@ -11,7 +11,8 @@
 //! READY → CLAIMED is a CAS, because workers compete for it and a cancel (READY → FREE) competes with them. Each of
 //! the other transitions has exactly one process that may make it, so a Release store does: front FREE → READY and
 //! DONE → FREE, worker CLAIMED → DONE, and the supervisor in a dead process's stead after the proof of death. Debug
-//! builds make them by CAS and check.
+//! builds make them by CAS and check. A mismatch is a mistake of the program, or of a worker that scribbles: unit tests
+//! panic, a server says so and goes on as by a store.
 //!
 //! The lane is part of the word so that a hint whose generation has come round again (2^28 uses later) still claims
 //! nothing but an item that is READY in the very lane the hint was found in.
@@ -106,6 +107,18 @@ impl Word {
         Word::new(self.generation() + 1, self.lane(), 0, Phase::Ready, self.attempts().saturating_add(1))
     }
 
+    /// Whether an item that was offered as `offered`, and not freed since, may have this word by now, however often it was
+    /// given back. If not, somebody scribbled.
+    pub const fn follows(self, offered: Word) -> bool {
+        let times = self.generation().wrapping_sub(offered.generation()) & GENERATION_MASK;
+        !matches!(self.phase(), Phase::Free) && self.lane() == offered.lane() && times <= u8::MAX as u32
+    }
+
+    /// FREE after somebody scribbled: no word that may have been meant for the item follows the next use.
+    pub const fn discarded(self) -> Self {
+        Word::new(self.generation().wrapping_add(1 << 10), 0, 0, Phase::Free, 0)
+    }
+
     /// Reads a word. **I0'** Acquire: whatever was written before the word was is visible.
     #[inline]
     pub fn load(word: &AtomicU64) -> Self {
@@ -116,11 +129,14 @@ impl Word {
     #[inline]
     pub fn store(self, word: &AtomicU64, from: Word) {
         if cfg!(debug_assertions) {
-            let seen = word.compare_exchange(from.0, self.0, Release, Relaxed).map_err(Word);
-            assert!(seen.is_ok(), "{from:?} → {self:?}, but the word is {seen:?}");
-        } else {
-            word.store(self.0, Release);
+            let Err(seen) = word.compare_exchange(from.0, self.0, Release, Relaxed).map_err(Word) else { return };
+            let what = format!("a word was changed by somebody else: {from:?} → {self:?}, but it is {seen:?}");
+            if cfg!(test) {
+                panic!("{what}");
+            }
+            eprintln!("forkring: {what}");
         }
+        word.store(self.0, Release);
     }
 
     /// Makes a transition that others compete for; the value found, if it was lost. **I1** AcqRel: a claim sees what
@@ -167,6 +183,26 @@ mod tests {
             prop_assert_eq!((again.lane(), again.phase()), (lane, Phase::Ready));
             prop_assert_eq!(again.attempts(), attempts.saturating_add(1));
             prop_assert_eq!(Word::new(0, 0, 0, Phase::Free, 0), Word(0));
+        }
+
+        #[test]
+        fn what_an_item_becomes_follows_and_nothing_of_another_use_does(
+            generation in 0..=GENERATION_MASK, lane in 0..4u8, times in 0..=255u32,
+        ) {
+            let free = Word::new(generation, 0, 0, Phase::Free, 0);
+            let offered = free.offered(lane);
+            let mut word = offered;
+            for _ in 0..times {
+                word = word.with(Phase::Claimed, 7).requeued();
+            }
+            for phase in [Phase::Ready, Phase::Claimed, Phase::Done] {
+                let now = word.with(phase, 7);
+                prop_assert!(now.follows(offered));
+                prop_assert!(!now.follows(offered.discarded().offered(lane)), "the next use after damage");
+                prop_assert!(!Word::new(now.generation(), lane + 1, 7, phase, 0).follows(offered));
+            }
+            prop_assert!(!word.with(Phase::Free, 0).follows(offered));
+            prop_assert!(!offered.follows(offered.with(Phase::Free, 0).offered(lane)), "the use before");
         }
     }
 }

@@ -22,7 +22,7 @@ use crate::{
     crash_point::crash_point,
     doorbell::AsyncBell,
     process::now,
-    segment::{Liveness, Slot, Stage},
+    segment::{Liveness, Slot},
     spin::Spinner,
 };
 
@@ -51,8 +51,9 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
         if epoch != Some(segment.epoch()) {
             epoch = Some(segment.epoch());
             if !hub.is_draining() {
-                report_health(hub, &reporter).await;
-                if segment.stage() != Stage::Serving {
+                let draining = hub.with_front(|front| front.is_draining());
+                report_health(hub, &reporter, !draining).await;
+                if draining {
                     // Ends the streams of those who watch.
                     for name in services(hub) {
                         reporter.clear_service_status(name).await;
@@ -132,9 +133,8 @@ fn services(hub: &Hub) -> impl Iterator<Item = &str> {
 }
 
 /// A pool serves while one of its workers lives that is not in a crash loop; the server, while one of its pools does.
-async fn report_health(hub: &Hub, reporter: &HealthReporter) {
+async fn report_health(hub: &Hub, reporter: &HealthReporter, serving: bool) {
     let (segment, topology) = hub.with_front(|front| (front.segment(), front.topology().clone()));
-    let serving = segment.stage() == Stage::Serving;
     let status = |ok| if ok { ServingStatus::Serving } else { ServingStatus::NotServing };
     let mut any = false;
     for (pool, name) in hub.pools.iter().enumerate() {

@@ -107,6 +107,11 @@ impl Refusal {
         Refusal::new(Code::FailedPrecondition, "TRUNCATED_LETTER", message)
     }
 
+    pub fn damaged() -> Self {
+        let message = "a worker wrote over the item's record in shared memory: whether it was done is not known".into();
+        Refusal::new(Code::DataLoss, "ITEM_DAMAGED", message)
+    }
+
     /// As the RPC's own status.
     pub fn status(&self) -> Status {
         let mut details = ErrorDetails::new();

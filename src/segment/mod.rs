@@ -70,7 +70,7 @@ use crate::{
     crash_point::crash_point,
     doorbell::Sleepers,
     process,
-    ring::{Consumer, Lane, Producer},
+    ring::{Consumer, Lane, Producer, returns},
 };
 use layout::{BLOCK, PAGE};
 
@@ -273,8 +273,15 @@ impl Segment {
         if layout.total != size || layout.hash() != header.layout_hash.load(Relaxed) {
             return Err(foreign("it has another layout"));
         }
-        layout.participant(slot).ok_or_else(|| foreign("it has no such slot"))?;
+        Self::attach_by(layout, object, name, slot)
+    }
 
+    /// The same by a layout that is known, as to a child of the creator: whatever was made of the header since.
+    pub fn attach_by(layout: Layout, object: &impl AsFd, name: &str, slot: Slot) -> Result<Self, SegmentError> {
+        let io = |what| move |error: io::Error| SegmentError::Io { what, name: name.to_owned(), error };
+        if layout.participant(slot).is_none() {
+            return Err(SegmentError::Foreign { name: name.to_owned(), why: "it has no such slot" });
+        }
         let map = |offset, len, access| View::map(object, offset, len, access).map_err(io("map"));
         let control = map(0, layout.control, Access::Write)?;
         let requests_len = layout.results - layout.requests;
@@ -392,6 +399,7 @@ impl Segment {
     /// The front's end of the return ring between the two. There must be one at a time.
     pub fn consumer(&self, worker: u16, front: u16) -> Consumer<'_> {
         let (head, entries) = self.return_ring(worker, front);
+        returns::prepare(head, entries);
         Consumer::resume(head, entries)
     }
 

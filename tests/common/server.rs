@@ -233,6 +233,7 @@ impl Server {
         let log = self.log();
         assert_eq!(status.code(), Some(0), "{log}");
         assert!(!log.contains("panicked at src/"), "{log}");
+        assert!(!log.contains("a word was changed by somebody else"), "{log}");
         self.assert_gone(family);
         assert!(!self.segment().exists(), "the segment is left\n{log}");
     }
