@@ -8,7 +8,7 @@
 //!     cargo run --example handlers -- --config settings.toml fail panic
 
 use std::{
-    fs::OpenOptions,
+    fs::{File, OpenOptions},
     io::{self, Write as _},
     os::unix::fs::FileExt as _,
     path::{Path, PathBuf},
@@ -18,7 +18,7 @@ use std::{
 
 use anyhow::Context as _;
 use clap::Parser;
-use forkring::{Code, Failure, Handler, Item, Pool, Reply, Server, config::Config};
+use forkring::{Code, Failure, Handler, Item, Pool, Reply, Server, config::Config, process::now};
 
 /// Serve handlers that succeed, fail, panic and crash
 #[derive(Parser)]
@@ -31,7 +31,7 @@ struct Options {
     pools: Vec<String>,
 }
 
-const POOLS: [&str; 14] = [
+const POOLS: [&str; 15] = [
     "fail",
     "panic",
     "big",
@@ -46,6 +46,7 @@ const POOLS: [&str; 14] = [
     "hold",
     "hog",
     "scribble",
+    "trace",
 ];
 
 fn pool(name: &str) -> Option<Pool> {
@@ -64,6 +65,7 @@ fn pool(name: &str) -> Option<Pool> {
         "hold" => Pool::new(name, hold),
         "hog" => Pool::new(name, hog),
         "scribble" => Pool::new(name, scribble),
+        "trace" => Pool::with_handler(name, Trace::default()),
         _ => return None,
     })
 }
@@ -214,14 +216,49 @@ fn cancel(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
 /// Works until there is a file of the name that the metadata gives, whoever waits, and echoes.
 fn hold(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
     note(item, "journal", &format!("{} began in {}", item.id(), std::process::id()))?;
+    wait(item);
+    reply.write(item.payload())?;
+    Ok(())
+}
+
+/// Waits for the file that the item's metadata names, if any.
+fn wait(item: &Item<'_>) {
     if let Some(until) = item.metadata("until") {
         let until = PathBuf::from(until);
         while !until.exists() {
             thread::sleep(Duration::from_millis(1));
         }
     }
-    reply.write(item.payload())?;
-    Ok(())
+}
+
+/// Leaves a trace of each execution: a line `ID ATTEMPT PID TIME` in the file that the variable JOURNAL names, which also
+/// begins the result. Then it works for as many milliseconds as the metadata says, waits as `hold` does, and echoes.
+#[derive(Default)]
+struct Trace {
+    journal: Option<File>,
+}
+
+impl Handler for Trace {
+    fn handle(&mut self, item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+        let words = format!("{} {} {} {}", item.id(), item.attempt(), std::process::id(), now());
+        // Of 64 bytes each, no line lies in two pages, and so a death within the write cannot leave a half of one.
+        let line = format!("{words:<63}\n");
+        let journal = match &mut self.journal {
+            Some(journal) => journal,
+            none => {
+                let path = std::env::var_os("JOURNAL").ok_or_else(|| io::Error::other("JOURNAL is not set"))?;
+                none.insert(OpenOptions::new().create(true).append(true).open(path)?)
+            }
+        };
+        journal.write_all(line.as_bytes())?;
+        if let Some(millis) = item.metadata("millis").and_then(|millis| millis.parse().ok()) {
+            thread::sleep(Duration::from_millis(millis));
+        }
+        wait(item);
+        reply.write(line.as_bytes())?;
+        reply.write(item.payload())?;
+        Ok(())
+    }
 }
 
 /// A handler with state: each worker has its own, from the moment it was forked.

@@ -98,6 +98,11 @@ impl Server {
 
     /// The same under a name that another server had.
     pub async fn handlers_as(name: &str, pools: &[&str], settings: &str) -> Self {
+        Self::handlers_with(name, pools, settings, &[]).await
+    }
+
+    /// The same with these variables.
+    pub async fn handlers_with(name: &str, pools: &[&str], settings: &str, variables: &[(&str, &str)]) -> Self {
         let (name, output) = (name.to_owned(), Files::new());
         let is_set = |key: &str| settings.lines().any(|line| line.split('=').next().map(str::trim) == Some(key));
         let mut toml = format!("name = '{name}'\nlisten = '127.0.0.1:0'\n");
@@ -107,7 +112,7 @@ impl Server {
         }
         fs::write(output.path("settings.toml"), toml + settings).expect("a settings file");
         let mut command = clean(Command::new(example("handlers")));
-        command.arg("--config").arg(output.path("settings.toml")).args(pools);
+        command.arg("--config").arg(output.path("settings.toml")).args(pools).envs(variables.iter().copied());
         Self::start(name, command, output).await
     }
 
