@@ -98,6 +98,39 @@ fn streams_finish_what_was_accepted_and_then_say_why_they_end() {
 }
 
 #[test]
+fn a_submission_that_waited_for_room_says_how_much_of_it_was_accepted() {
+    run(async {
+        let files = Files::new();
+        let mut server = Server::handlers(&["hold"], "capacity = 4\noutbox = 4").await;
+        let client = server.client().await;
+        let mut updates = soon("a stream", client.updates("", 0)).await.expect("a stream");
+        let family = server.family(1).await;
+        // One item is a call's, so that it is the table that has no room and not the outbox.
+        let held = tokio::spawn({
+            let (client, item) = (client.clone(), files.holding(0, "go"));
+            async move { client.call(item).await }
+        });
+        files.began(1).await;
+        let mut raw = Raw::connect(&server).await;
+        let mut submitting = raw.begin("Submit", &[]).await;
+        let items: Vec<_> = (1..=10).flat_map(|id| framed(&files.holding(id, "go"))).collect();
+        submitting.body.send_data(items.into(), true).expect("an open stream");
+        raw.settled().await;
+        server.signal(Signal::SIGTERM);
+        let refused = submitting.answer().await.refusal();
+        assert_refused(refused, (Code::Unavailable, "DRAINING"), "(3 items were accepted before)");
+        files.make("go");
+        soon("an answer", held).await.expect("a task").expect("a result");
+        for id in 1..=3 {
+            assert_eq!(soon("a result", updates.message()).await.expect("a stream").expect("a result").id, id);
+        }
+        assert_eq!(soon("the end", updates.message()).await.expect("a good end"), None);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+    });
+}
+
+#[test]
 fn streams_in_which_nothing_happens_end_too() {
     run(async {
         let mut server = Server::serve(&["--pool", "echo=echo"]).await;

@@ -39,6 +39,8 @@ pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
                 let (head, request) = input.item();
                 match hub.offer_submitted(head, request) {
                     Ok(()) => receipt.accepted += 1,
+                    // Not the item's own fault: the stream ends here, like those that find out below.
+                    Err(NotOffered::Never(_)) if hub.is_draining() => return Poll::Ready(Err(Refusal::draining())),
                     Err(NotOffered::Never(refusal)) => reject(&mut receipt, head.id, refusal),
                     Err(NotOffered::Later(_)) => {
                         hub.wait_for_room(cx.waker());

@@ -206,7 +206,8 @@ async fn updates(storm: Rc<Storm>, number: usize, subscription: &str, mut chance
         let ended = ended.await;
         storm.attached.borrow_mut().remove(&number);
         match ended {
-            Ok(()) if limit > 0 && count == limit => continue,
+            // Others' results wait meanwhile.
+            Ok(()) if limit > 0 && count == limit => time::sleep(chance.millis(0, 100)).await,
             Ok(()) if caller.is_excused(ticket) => {}
             Ok(()) => storm.tally.borrow_mut().violation(format!("updates ended after {count}, limit {limit}")),
             Err(status) => storm.failed(&caller, ticket, "a subscription", &status),
