@@ -233,6 +233,8 @@ fn log_to_stderr(format: LogFormat, filter: Option<&str>) -> anyhow::Result<()> 
         .parse(filter.filter(|filter| !filter.is_empty()).unwrap_or("info"))
         .map_err(|error| BadUsage(format!("{FILTER}: {error}; give a level such as info or forkring=debug")))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
+    // It would say on stderr that stderr cannot be written to, and panic because that cannot be said.
+    let lines = lines.log_internal_errors(false);
     match format {
         LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).init(),
         LogFormat::Json => lines.json().flatten_event(true).init(),

@@ -1,0 +1,234 @@
+//! Too little of everything: shared memory, file descriptors, disk for logs. An error that says so at the start, and after
+//! that nothing worse than waiting.
+//!
+//! A `/dev/shm` of a test's own takes a mount namespace: root has them, others by a user namespace where that is allowed.
+//! Where neither can be had those tests say SKIPPED.
+
+mod common;
+
+use std::{
+    fs::{self, File},
+    io::{self, Write as _},
+    net::TcpStream,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use common::{
+    Files, Server, assert_serves,
+    processes::signal,
+    program::{Killed, finish},
+    run,
+    server::{serve_command, unique_name},
+    soon, until,
+};
+use forkring::{client::Client, proto::v1::WorkItem};
+use nix::sys::signal::Signal;
+use tokio::task::JoinSet;
+
+/// A command that runs as this shell script has it, `"$@"` being the command.
+fn within(wrapper: &[&str], script: &str, command: &Command) -> Command {
+    let mut wrapped = Command::new(wrapper[0]);
+    wrapped.args(&wrapper[1..]).args(["sh", "-c", script, "sh"]).arg(command.get_program()).args(command.get_args());
+    for (key, value) in command.get_envs() {
+        match value {
+            Some(value) => wrapped.env(key, value),
+            None => wrapped.env_remove(key),
+        };
+    }
+    wrapped
+}
+
+/// A command for which `/dev/shm` has so many bytes, and what follows in the script; none where that cannot be.
+fn with_shm(bytes: u64, script: &str, command: &Command) -> Option<Command> {
+    const ROOT: &[&str] = &["unshare", "--mount"];
+    const USER: &[&str] = &["unshare", "--user", "--map-root-user", "--mount"];
+    let mount = |bytes| format!("mount -t tmpfs -o size={bytes} forkring-test /dev/shm");
+    let works = |wrapper: &&&[&str]| {
+        let mut probe = within(wrapper, &mount(4096), &Command::new("true"));
+        probe.stderr(Stdio::null()).status().is_ok_and(|status| status.success())
+    };
+    let Some(wrapper) = [ROOT, USER].iter().find(works) else {
+        // Past the capture of the test's output.
+        let _ = writeln!(io::stderr(), "\nSKIPPED: no mount namespaces here, so no /dev/shm of a test's own");
+        return None;
+    };
+    Some(within(wrapper, &format!("{} && {script}", mount(bytes)), command))
+}
+
+/// What a server with the tests' settings and these takes of `/dev/shm`.
+async fn segment_size(args: &[&str]) -> u64 {
+    let server = Server::serve(args).await;
+    let size = fs::metadata(server.segment()).expect("the segment").len();
+    server.drain().await;
+    size
+}
+
+#[test]
+fn a_shm_that_is_too_small_is_an_error_at_the_start() {
+    run(async {
+        let size = segment_size(&["--pool", "echo=echo"]).await;
+        for bytes in [4096, size / 2, size - 4096] {
+            let command = serve_command(&unique_name(), &["--pool", "echo=echo"]);
+            let Some(command) = with_shm(bytes, "{ \"$@\"; code=$?; ls -A /dev/shm; exit $code; }", &command) else {
+                return;
+            };
+            let outcome = finish(command, b"").await;
+            outcome.assert_failed(2, "/dev/shm is too small: the server needs ");
+            let needs = format!(
+                "needs {} MiB of shared memory and {} of {} MiB are free",
+                size.div_ceil(1 << 20),
+                bytes >> 20,
+                bytes >> 20
+            );
+            assert!(outcome.stderr.contains(&needs), "{needs}: {}", outcome.stderr);
+            assert_eq!(outcome.text(), "", "nothing is left in it, and it never listened");
+        }
+    });
+}
+
+#[test]
+fn a_shm_that_just_fits_is_enough_whatever_else_fills_it() {
+    run(async {
+        let args = ["--pool", "echo:3=echo", "--parent", &std::process::id().to_string()];
+        let (name, room) = (unique_name(), 1 << 16);
+        let command = serve_command(&name, &args);
+        let size = segment_size(&args[..2]).await;
+        let Some(command) = with_shm(size + room, "exec \"$@\"", &command) else { return };
+        let server = Server::start(name, command, Files::new()).await;
+        // Somebody else takes the rest.
+        let shm = PathBuf::from(format!("/proc/{}/root/dev/shm", server.pid()));
+        let mut other = File::create(shm.join("other")).expect("a file");
+        let full = loop {
+            if let Err(error) = other.write(&[1; 4096]) {
+                break error;
+            }
+        };
+        assert_eq!(full.kind(), io::ErrorKind::StorageFull);
+        assert!(fs::metadata(shm.join("other")).expect("a file").len() <= room);
+
+        // Now all of the segment is used: records, and both arenas from end to end, those of the results by each worker.
+        let client = server.client().await;
+        let mut calls = JoinSet::new();
+        for id in 0..60 {
+            let client = client.clone();
+            calls.spawn(async move {
+                let item = WorkItem::new("echo", vec![id as u8; 500_000]).with_id(id);
+                // There is room for two of them at a time: the others come again.
+                loop {
+                    match client.call(item.clone()).await {
+                        Ok(result) => break assert!(result.payload == item.payload),
+                        Err(status) => assert_eq!(status.code(), tonic::Code::ResourceExhausted, "{status}"),
+                    }
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+            });
+        }
+        soon("all answers", calls.join_all()).await;
+        let items = (0..5000).map(|id| WorkItem::new("echo", vec![7; id as usize % 3000]).with_id(id));
+        let mut results = client.process(tokio_stream::iter(items)).await.expect("a stream");
+        let mut count = 0;
+        while let Some(result) = soon("a result", results.message()).await.expect("a stream") {
+            assert_eq!(result.payload.len(), result.id as usize % 3000);
+            count += 1;
+        }
+        assert_eq!(count, 5000);
+        let worker = server.child("w0").await;
+        signal(worker, Signal::SIGKILL);
+        server.successor("w0", worker).await;
+        assert_serves(&client, "echo").await;
+        let log = server.drain().await;
+        assert_eq!(log.matches("a process died").count(), 1, "only the one that was killed\n{log}");
+    });
+}
+
+/// The time that a process has spent on a processor.
+fn cpu_time(pid: i32) -> Duration {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("a living process");
+    let fields: Vec<_> = stat.rsplit_once(')').expect("a name").1.split_whitespace().collect();
+    // utime and stime are the 14th and 15th of all, in hundredths of a second.
+    let ticks: u64 = fields[11..13].iter().map(|field| field.parse::<u64>().expect("a number")).sum();
+    Duration::from_millis(ticks * 10)
+}
+
+#[test]
+fn without_file_descriptors_it_waits_for_some() {
+    run(async {
+        let name = unique_name();
+        let command = serve_command(&name, &["--pool", "echo=echo", "--parent", &std::process::id().to_string()]);
+        let command = within(&["env"], "ulimit -n 48 && exec \"$@\"", &command);
+        let server = Server::start(name, command, Files::new()).await;
+        let client = server.client().await;
+        assert_serves(&client, "echo").await;
+        let begin = Instant::now();
+        let mut idle: Vec<_> =
+            (0..60).map(|_| TcpStream::connect(&server.addr).expect("a place in the queue")).collect();
+        server.logged("cannot accept connections").await;
+        let front = server.child("front").await;
+        let before = cpu_time(front);
+        // Those that are there are served while nobody else comes in, and it does not turn in circles.
+        let mut late = Box::pin(async {
+            let late = Client::connect(&server.addr).await.expect("a place in the queue");
+            assert_serves(&late, "echo").await;
+        });
+        let since = Instant::now();
+        while since.elapsed() < Duration::from_secs(1) {
+            assert_serves(&client, "echo").await;
+            assert!(
+                tokio::time::timeout(Duration::from_millis(50), &mut late).await.is_err(),
+                "there was room after all"
+            );
+        }
+        let (tries, took) = (server.log().matches("cannot accept connections").count(), begin.elapsed());
+        assert!(tries as u128 <= 2 + took.as_millis() / 100, "{tries} tries in {took:?}");
+        let (busy, took) = (cpu_time(front) - before, since.elapsed());
+        assert!(busy < took / 2, "busy for {busy:?} of {took:?}");
+
+        idle.clear();
+        soon("an answer to who waited", late).await;
+        assert_serves(&client, "echo").await;
+        assert_eq!(server.child("front").await, front, "it is the same all the time");
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_full_disk_for_logs_is_no_reason_to_stop() {
+    run(async {
+        let name = unique_name();
+        let command = serve_command(&name, &["--pool", "echo:2=echo", "--parent", &std::process::id().to_string()]);
+        let command = within(&["env"], "exec \"$@\" 2>/dev/full", &command);
+        let server = Server::start(name, command, Files::new()).await;
+        let client = server.client().await;
+        assert_serves(&client, "echo").await;
+        // Each of these is logged, in vain.
+        for process in ["w0", "w1", "front"] {
+            let pid = server.child(process).await;
+            signal(pid, Signal::SIGKILL);
+            server.successor(process, pid).await;
+        }
+        assert_serves(&server.client().await, "echo").await;
+        server.drain().await;
+    });
+}
+
+#[test]
+fn nobody_need_hear_where_it_listens() {
+    run(async {
+        // An address of this test's own, as nobody is told of a free port.
+        let pid = std::process::id();
+        let addr = format!("127.{}.{}.{}:50051", 64 + (pid >> 16) % 64, pid >> 8 & 255, pid & 255);
+        let name = unique_name();
+        let command = serve_command(&name, &["--pool", "echo=echo", "--listen", &addr]);
+        let mut command = within(&["env"], "exec \"$@\" >/dev/full 2>/dev/full", &command);
+        let mut server = Killed::start(&mut command);
+        until("a server that listens", || TcpStream::connect(&addr).ok()).await;
+        let client = soon("a connection", Client::connect(&addr)).await.expect("a connection");
+        assert_serves(&client, "echo").await;
+        signal(server.0.id() as i32, Signal::SIGTERM);
+        let status = until("its end", || server.0.try_wait().expect("our child")).await;
+        assert_eq!(status.code(), Some(0));
+        assert!(!Path::new(&format!("/dev/shm/forkring-{name}")).exists());
+    });
+}
