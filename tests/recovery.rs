@@ -27,8 +27,8 @@ fn the_item_of_a_worker_that_is_killed_is_claimed_by_another() {
     run(async {
         let files = Files::new();
         let path = files.path("journal");
-        let server = Server::handlers_named(
-            unique_name(),
+        let server = Server::handlers_with(
+            &unique_name(),
             &["trace"],
             "workers = 4\nmax_attempts = 255",
             &[("JOURNAL", &files.name("journal"))],

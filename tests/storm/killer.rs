@@ -2,31 +2,30 @@
 
 use std::{
     collections::{HashMap, HashSet},
+    path::PathBuf,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
 };
 
+use forkring::proto::v1::WorkItem;
 use nix::{
     sys::signal::{Signal, kill},
     unistd::Pid,
 };
-use tokio::{task::spawn_local, time::sleep};
+use tokio::{
+    task::{JoinSet, spawn_local},
+    time::sleep,
+};
 
 use super::{
     chance::Chance,
-    common::{
-        Files, PATIENCE, Server,
-        processes::{Process, is_alive},
-        until,
-    },
+    common::{Files, PATIENCE, Server, processes::Process, server::unique_name, soon, until},
     link::{Caller, Link},
     load::Storm,
     tally::Shape,
 };
 
-/// Whether `serve` adopts the segment that a killed supervisor left.
-const ADOPTS: bool = false;
 pub const WORKERS: usize = 16;
 const SETTINGS: &str = "workers = 16\narena = '2MiB'\nmax_attempts = 255\nmax_message = '512KiB'";
 /// A process that is killed younger than this is replaced ever more slowly, which too much of would be no storm.
@@ -37,7 +36,7 @@ pub struct Killer {
     chance: Chance,
     journal: Files,
     pub server: Server,
-    /// Kept, because dropping one removes what may be the next one's segment.
+    /// Kept to the end, because dropping one removes the segment, which is the next one's by then.
     dead: Vec<Server>,
     seen: HashMap<i32, Instant>,
     killed: HashSet<i32>,
@@ -49,7 +48,7 @@ pub struct Killer {
 impl Killer {
     pub async fn start(storm: Rc<Storm>, chance: Chance) -> Self {
         let journal = Files::new();
-        let server = serve(super::common::server::unique_name(), &journal).await;
+        let server = serve(&unique_name(), &journal).await;
         storm.link.set_addr(&server.addr);
         Killer {
             storm,
@@ -64,7 +63,7 @@ impl Killer {
         }
     }
 
-    pub fn journal(&self) -> std::path::PathBuf {
+    pub fn journal(&self) -> PathBuf {
         self.journal.path("journal")
     }
 
@@ -166,11 +165,7 @@ impl Killer {
         self.storm.tally.borrow_mut().killed("server");
         self.server.signal(Signal::SIGKILL);
         self.server.ended().await;
-        until("the end of all", || family.iter().all(|process| !is_alive(process.pid)).then_some(())).await;
         self.stopped.clear();
-        if !ADOPTS {
-            self.storm.tally.borrow_mut().write_off();
-        }
         self.next().await;
     }
 
@@ -197,7 +192,7 @@ impl Killer {
     }
 
     async fn next(&mut self) {
-        let next = serve(self.server.name.clone(), &self.journal).await;
+        let next = serve(&self.server.name, &self.journal).await;
         self.storm.link.set_addr(&next.addr);
         self.dead.push(std::mem::replace(&mut self.server, next));
         mend(&self.storm.link).await;
@@ -222,17 +217,17 @@ impl Killer {
         let begin = Instant::now();
         loop {
             let go = format!("go{}", self.chance.next());
-            let mut calls = tokio::task::JoinSet::new();
+            let mut calls = JoinSet::new();
             for _ in 0..=capacity {
                 let item = self.storm.item(Shape::Call, &mut Chance::new(0));
-                let item = forkring::proto::v1::WorkItem { payload: Default::default(), ..item };
+                let item = WorkItem { payload: Default::default(), ..item };
                 let (client, item) = (caller.client.clone(), item.with_metadata("until", self.journal.name(&go)));
                 calls.spawn(async move { client.call(item).await });
             }
             // Nobody is answered but who is refused.
-            let refused = super::common::soon("a refusal", calls.join_next()).await;
+            let refused = soon("a refusal", calls.join_next()).await;
             self.journal.make(&go);
-            let answers = super::common::soon("the answers", calls.join_all()).await;
+            let answers = soon("the answers", calls.join_all()).await;
             assert!(refused.expect("a call").expect("a task").is_err(), "more were taken than fit");
             match answers.iter().filter(|answer| answer.is_err()).count() {
                 0 => return,
@@ -252,8 +247,8 @@ impl Killer {
     }
 }
 
-async fn serve(name: String, journal: &Files) -> Server {
-    Server::handlers_named(name, &["trace"], SETTINGS, &[("JOURNAL", &journal.name("journal"))]).await
+async fn serve(name: &str, journal: &Files) -> Server {
+    Server::handlers_with(name, &["trace"], SETTINGS, &[("JOURNAL", &journal.name("journal"))]).await
 }
 
 fn is_front(process: &Process) -> bool {

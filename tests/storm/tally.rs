@@ -41,8 +41,6 @@ struct Fate {
     shape: Shape,
     /// The client knows that it was accepted.
     accepted: bool,
-    /// Its segment is gone, and with it the item.
-    gone: bool,
     /// What the result began with, and how often the link had been cut when that connection was made.
     result: Option<(Execution, u64)>,
 }
@@ -117,7 +115,7 @@ pub fn payload(id: u64) -> Bytes {
 impl Tally {
     /// A new id.
     pub fn begin(&mut self, shape: Shape) -> u64 {
-        self.fates.push(Fate { shape, accepted: false, gone: false, result: None });
+        self.fates.push(Fate { shape, accepted: false, result: None });
         self.fates.len() as u64 - 1
     }
 
@@ -130,14 +128,9 @@ impl Tally {
         ids.into_iter().for_each(|id| self.fates[id as usize].accepted = true);
     }
 
-    /// Whatever is under way is gone.
-    pub fn write_off(&mut self) {
-        self.fates.iter_mut().for_each(|fate| fate.gone = true);
-    }
-
     /// Accepted, and not delivered yet.
     pub fn owed(&self) -> usize {
-        self.fates.iter().filter(|fate| fate.accepted && !fate.gone && fate.result.is_none()).count()
+        self.fates.iter().filter(|fate| fate.accepted && fate.result.is_none()).count()
     }
 
     /// Somebody was killed: how long until an item is answered?
@@ -215,7 +208,7 @@ impl Tally {
             if fate.shape == Shape::Submit && !fate.accepted {
                 self.unknown[usize::from(fate.result.is_none())] += 1;
             }
-            if fate.accepted && !fate.gone && fate.result.is_none() {
+            if fate.accepted && fate.result.is_none() {
                 self.lost += 1;
                 self.violations.push(format!("{id} was accepted, and is lost; {last} attempts"));
             }
