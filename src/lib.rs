@@ -37,6 +37,8 @@ mod crash_point;
 pub mod dispatch;
 pub mod doorbell;
 pub mod front;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod handler;
 pub mod process;
 pub mod proto;

@@ -92,6 +92,11 @@ pub fn main() -> ExitCode {
     }
 }
 
+/// Reads a command line and runs nothing: what is wrong with it.
+pub(crate) fn check(arguments: &[OsString]) -> Result<(), String> {
+    Cli::try_parse_from(arguments).map(drop).map_err(|error| usage_line(&error, arguments))
+}
+
 fn exit_code(error: &anyhow::Error) -> u8 {
     let bad_usage = error.is::<BadUsage>()
         || error.is::<ConfigError>()
