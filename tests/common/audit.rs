@@ -231,22 +231,26 @@ impl Copy {
         }
     }
 
-    /// Entries have the numbers of the last positions, each in its slot, and none is older than the ring is long.
+    /// Entries have the numbers of the last positions, each in its slot, and none is older than the ring is long. Those that
+    /// were never used are as if from the lap before the first, of no item.
     fn check_returns(&self, faults: &mut Vec<String>) {
+        const NO_ITEM: u64 = 0xf_ffff;
         for ring in 0..self.workers * self.fronts {
             let at = self.returns + ring * self.return_stride();
             let head = self.u64(at);
-            let entry = |slot| self.u64(at + BLOCK + 8 * slot);
-            let newest = (0..self.return_entries).map(|slot| entry(slot) >> 20).max().unwrap_or(0);
+            let entry = |slot| (self.u64(at + BLOCK + 8 * slot) >> 20, self.u64(at + BLOCK + 8 * slot) & NO_ITEM);
+            let used = (0..self.return_entries).map(entry).filter(|(_, item)| *item != NO_ITEM);
+            let newest = used.map(|(number, _)| number).max().unwrap_or(0);
             if head > newest || newest - head > self.return_entries {
                 faults.push(format!("return ring {ring} has its head at {head} and its newest entry at {newest}"));
             }
             for slot in 0..self.return_entries {
                 // The newest position that this slot can have had.
                 let back = (newest.wrapping_sub(slot + 1)) & (self.return_entries - 1);
-                let wanted = newest.saturating_sub(back);
-                let (seen, item) = (entry(slot) >> 20, entry(slot) & 0xf_ffff);
-                if seen != if newest > back { wanted } else { 0 } || item >= self.items {
+                let (seen, item) = entry(slot);
+                let is_used = newest > back;
+                let wanted = newest.wrapping_sub(back) & ((1 << 44) - 1);
+                if seen != wanted || if is_used { item >= self.items } else { item != NO_ITEM } {
                     faults.push(format!("return ring {ring}, slot {slot}: entry {seen} of item {item}, not {wanted}"));
                 }
             }
