@@ -177,6 +177,9 @@ impl Killer {
         // Whoever is not there when it drains gets nothing.
         storm.lasting.set(true);
         until("all subscribers", || storm.is_attached().then_some(())).await;
+        // Who was answered by a front that has been killed since knows it by now.
+        sleep(Duration::from_millis(50)).await;
+        until("all subscribers", || storm.is_attached().then_some(())).await;
         let family = self.server.children();
         storm.link.cut();
         *storm.tally.borrow_mut().kills.entry("drained").or_default() += 1;

@@ -194,7 +194,7 @@ async fn updates(storm: Rc<Storm>, number: usize, subscription: &str, mut chance
         let ended = async {
             let mut results = caller.client.updates(subscription, limit).await?;
             if limit == 0 {
-                storm.attached.borrow_mut().insert(number, caller.connected());
+                storm.attached.borrow_mut().insert(number, storm.link.cuts());
             }
             // There may be none for long.
             while let Some(result) = results.message().await? {

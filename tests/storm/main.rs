@@ -1,6 +1,6 @@
 //! The storm: clients of every shape, and a killer. Nothing accepted is lost, nothing is done twice, nothing wedges.
 //!
-//! FORKRING_STORM_SECONDS makes it longer, in rounds that are each checked, and FORKRING_STORM_SEED repeats one. What it
+//! FORKRING_TEST_STORM makes it longer, in rounds that are each checked, and FORKRING_TEST_SEED repeats one. What it
 //! did and found is printed: `cargo test --test storm -- --nocapture`.
 
 mod chance;
@@ -31,10 +31,10 @@ const CAPACITY: usize = 256;
 
 #[test]
 fn nothing_is_lost_or_done_twice_in_a_storm() {
-    let length = variable("FORKRING_STORM_SECONDS").map_or(ROUND, Duration::from_secs);
+    let length = variable("FORKRING_TEST_STORM").map_or(ROUND, Duration::from_secs);
     let seed =
-        variable("FORKRING_STORM_SEED").unwrap_or_else(|| forkring::process::now() ^ u64::from(std::process::id()));
-    println!("storm: FORKRING_STORM_SEED={seed}");
+        variable("FORKRING_TEST_SEED").unwrap_or_else(|| forkring::process::now() ^ u64::from(std::process::id()));
+    println!("storm: FORKRING_TEST_SEED={seed}");
     let (begin, mut chance, mut tally) = (Instant::now(), Chance::new(seed), Tally::default());
     let mut rounds = 0;
     while tally.violations.is_empty() && (rounds == 0 || begin.elapsed() + ROUND <= length) {
