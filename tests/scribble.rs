@@ -107,7 +107,7 @@ fn a_worker_can_write_control_and_its_own_results_and_nothing_else() {
                 panic!("{maps:?}");
             };
             assert_eq!([control.as_str(), requests, results], ["rw-s", "r--s", "rw-s"]);
-            assert_eq!(requests_at, control_len, "control is followed by requests");
+            assert!(requests_at >= control_len, "they do not overlap");
             assert!(requests_at + requests_len <= *at && at + len <= size);
             writable.insert((*at, *len));
         }

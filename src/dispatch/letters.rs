@@ -88,7 +88,8 @@ impl DeadLetters {
             let extra = extra_bytes(segment, front, record).unwrap_or_default();
             let metadata = metadata(segment, front, record);
             letter.metadata = pairs(&metadata).map(|(key, value)| (key.to_owned(), value.to_owned())).collect();
-            let subscription = &extra[..extra.len() - metadata.len()];
+            // Two looks at what a worker can write over: the second may have seen more than the first.
+            let subscription = &extra[..extra.len().saturating_sub(metadata.len())];
             letter.subscription = is_submitted(record).then(|| String::from_utf8_lossy(subscription).into_owned());
         }
         let mut payload = payload.unwrap_or_default();

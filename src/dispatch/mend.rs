@@ -43,3 +43,78 @@ pub fn mend(segment: &Segment) -> u32 {
     }
     mended
 }
+
+#[cfg(test)]
+mod tests {
+    use std::collections::BTreeSet;
+
+    use super::*;
+    use crate::{
+        dispatch::{Bells, Front, Kind, Offer, Topology, Worker},
+        process::now,
+        segment::{Geometry, INLINE, SegmentOwner, Slot},
+    };
+
+    fn offer(front: &mut Front<'_>, id: u64) {
+        let mut request = front.request(INLINE).unwrap();
+        front.write(&mut request, &[id as u8; INLINE]);
+        let offer = Offer {
+            pool: 0,
+            priority: 1,
+            id,
+            offered: now(),
+            deadline: 0,
+            kind: Kind::Call,
+            subscription: &[],
+            metadata: &[],
+        };
+        front.offer(&offer, &mut request).unwrap();
+    }
+
+    #[test]
+    fn nothing_that_was_offered_before_or_after_is_lost() {
+        let geometry = Geometry {
+            items: 64,
+            fronts: 1,
+            workers: 2,
+            pools: 1,
+            request_bytes: 1 << 16,
+            result_bytes: 1 << 16,
+            letter_bytes: 0,
+        };
+        let name = format!("unit-mend-{}", std::process::id());
+        let owner = SegmentOwner::create(&name, geometry).unwrap();
+        let (topology, bells) = (Topology::new([2]), Bells::new(1, 2).unwrap());
+        let view = |slot| &*Box::leak(Box::new(Segment::attach(owner.object(), &name, slot).unwrap()));
+        let (mut front, _) = Front::attach(view(Slot::Front(0)), topology.clone(), bells.clone(), 0);
+        let mut workers =
+            [0, 1].map(|n| Worker::attach(view(Slot::Worker(n)), topology.clone(), bells.clone(), n).unwrap());
+        assert!(front.collect().is_none());
+        for round in 0..3 {
+            // One is in work, and some wait.
+            (1..=5).for_each(|id| offer(&mut front, id));
+            let claimed = workers[0].take().unwrap();
+            let mut seen = BTreeSet::from([claimed.id()]);
+            let supervisor = view(Slot::Supervisor);
+            supervisor.scribble();
+            assert!(mend(supervisor) > 0);
+            // So its lane is not empty when the front comes to look.
+            offer(&mut front, 6);
+            assert!(front.collect().is_none(), "{round}");
+            front.ring();
+            workers[0].reply(&claimed, 0).complete(claimed, 0, now(), now());
+            while let Some(claimed) = workers[1].take() {
+                assert!(seen.insert(claimed.id()));
+                workers[1].reply(&claimed, 0).complete(claimed, 0, now(), now());
+            }
+            assert_eq!(seen, (1..=6).collect(), "{round}: worked on");
+            let mut done = BTreeSet::new();
+            while let Some(completion) = front.collect() {
+                assert!(done.insert(completion.id));
+                front.release(completion.index);
+            }
+            assert_eq!(done, seen, "{round}: collected");
+            assert_eq!(front.free_items(), 64);
+        }
+    }
+}
