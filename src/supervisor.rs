@@ -242,11 +242,12 @@ impl Supervisor {
     /// Forks the participant of a seat.
     fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
         let Supervisor { config, owner, topology, bells, listener, pools, seats, watch, is_open, .. } = self;
-        let seat = &mut seats[at];
-        seat.restart_at = None;
-        let slot = seat.slot;
-        let child = process::fork(&seat.name, || {
+        seats[at].restart_at = None;
+        let Seat { slot, ref name, .. } = seats[at];
+        let child = process::fork(&name.clone(), || {
             owner.disown();
+            // The others are not its children.
+            seats.iter_mut().for_each(|seat| seat.child = None);
             let segment = match Segment::attach_by(*owner.layout(), owner.object(), owner.name(), slot) {
                 // For as long as the process lives.
                 Ok(segment) => &*Box::leak(Box::new(segment)),
@@ -292,6 +293,7 @@ impl Supervisor {
             }
         })?;
         crash_point!("supervisor.forked");
+        let seat = &mut seats[at];
         tracing::debug!(process = seat.name, pid = child.pid(), "started");
         seat.record.begin(Instant::now());
         seat.child = Some(child);
