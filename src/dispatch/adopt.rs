@@ -20,7 +20,7 @@ use std::io;
 
 use tonic::Code;
 
-use super::{Failure, Phase, Word, front, lanes, letters, sweep};
+use super::{Failure, Phase, Word, lanes, letters, request, sweep};
 use crate::{crash_point::crash_point, segment::Segment};
 
 /// Submitted items in a segment whose server is gone.
@@ -38,8 +38,8 @@ impl Left {
         let mut left = Left::default();
         for record in (0..segment.geometry().items).map(|index| segment.item(index)) {
             match Word::load(&record.word).phase() {
-                Phase::Ready | Phase::Claimed if front::is_submitted(record) => left.pending += 1,
-                Phase::Done if front::is_submitted(record) => left.done += 1,
+                Phase::Ready | Phase::Claimed if request::is_submitted(record) => left.pending += 1,
+                Phase::Done if request::is_submitted(record) => left.done += 1,
                 _ => {}
             }
         }

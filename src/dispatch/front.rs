@@ -1,17 +1,25 @@
 //! The front's side: offer, collect, cancel, release.
 //!
 //! Free list, request allocator and what is known of each item are private memory, rebuilt from the item table by
-//! [`Front::attach`]: that is how a front's successor takes over.
+//! [`Front::attach`] (in `takeover`): that is how a front's successor begins.
 //!
 //! A worker can write over the item table, so what is private decides: an item's word is believed as far as it may have come
 //! of what was offered, and an item whose word may not is failed.
+
+mod takeover;
 
 use std::{
     cmp::Reverse,
     sync::{Arc, atomic::Ordering::*},
 };
 
-use super::{Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, mend, wake, wake_worker};
+pub use takeover::Adopted;
+
+use super::{
+    Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, mend,
+    request::{Kind, Offer, OfferError, Place, Request, SUBMIT, extra_bytes, is_submitted, request_spans, share},
+    wake, wake_worker,
+};
 use crate::{
     arena::{Block, Memory, Partition, Span, largest_block},
     crash_point::crash_point,
@@ -19,85 +27,6 @@ use crate::{
     ring::{Consumer, Hint, Lane},
     segment::{INLINE, ItemRecord, PRIORITIES, Segment, Slot},
 };
-
-/// By which RPC an item came: what becomes of it if its front dies.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
-    /// Somebody waits on a connection of this front: without it the item is nobody's.
-    Call,
-    /// Accepted for a subscription: a front's successor inherits it.
-    Submit,
-}
-
-const SUBMIT: u32 = 1 << 31;
-/// The golden ratio in the bits of a generation: its multiples lie as far apart as they can.
-const SPREAD: u32 = 0x9e3_779b;
-
-/// What is offered, beside its payload.
-#[derive(Clone, Copy, Debug)]
-pub struct Offer<'a> {
-    /// The pool, below the number of pools.
-    pub pool: u16,
-    /// 0 to 3; higher is taken first.
-    pub priority: u32,
-    /// The client's own id.
-    pub id: u64,
-    /// Now, in nanoseconds of CLOCK_MONOTONIC.
-    pub offered: u64,
-    /// When the item expires; 0: never.
-    pub deadline: u64,
-    /// By which RPC it came.
-    pub kind: Kind,
-    /// Whose update the result becomes, for `Kind::Submit`.
-    pub subscription: &'a [u8],
-    /// Encoded metadata, opaque here.
-    pub metadata: &'a [u8],
-}
-
-/// Payload of an item to be: small ones in private memory, large ones already in the arena.
-#[derive(Debug)]
-pub struct Request(Place);
-
-#[derive(Debug)]
-enum Place {
-    Inline { bytes: [u8; INLINE], len: usize },
-    Arena { block: Block, len: usize, written: usize },
-}
-
-impl Default for Request {
-    fn default() -> Self {
-        Request(Place::Inline { bytes: [0; INLINE], len: 0 })
-    }
-}
-
-impl Request {
-    /// Bytes of payload so far.
-    pub fn len(&self) -> usize {
-        match &self.0 {
-            Place::Inline { len, .. } => *len,
-            Place::Arena { written, .. } => *written,
-        }
-    }
-
-    /// Whether there are none.
-    pub fn is_empty(&self) -> bool {
-        self.len() == 0
-    }
-}
-
-/// Why an item was not accepted. All of these pass: the first two when other items complete, the last when a worker comes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-pub enum OfferError {
-    /// The item table is full.
-    #[error("the queue is full")]
-    Items,
-    /// The request arena is full.
-    #[error("the request arena is full")]
-    Arena,
-    /// The lane is full of hints that no worker came to remove.
-    #[error("the pool's lane is full")]
-    Lane,
-}
 
 /// How an item ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -130,15 +59,6 @@ pub struct Completion {
     /// When it was offered, claimed and done.
     pub times: [u64; 3],
     offset: u64,
-}
-
-/// An item of a front's predecessor that was accepted for a subscription.
-#[derive(Clone, Debug)]
-pub struct Adopted {
-    /// The item's index.
-    pub index: u32,
-    /// Whose update the result becomes.
-    pub subscription: Vec<u8>,
 }
 
 /// What a front knows of each of its items.
@@ -198,129 +118,7 @@ impl Known {
     }
 }
 
-/// The items of a front: its first, and how many.
-pub(super) fn share(segment: &Segment, front: u16) -> (u32, u32) {
-    let geometry = segment.geometry();
-    let each = geometry.items / geometry.fronts;
-    let first = each * u32::from(front);
-    (first, if u32::from(front) + 1 == geometry.fronts { geometry.items - first } else { each })
-}
-
-/// The front whose item this is.
-pub(super) fn front_of(segment: &Segment, index: u32) -> u16 {
-    let geometry = segment.geometry();
-    (index / (geometry.items / geometry.fronts)).min(geometry.fronts - 1) as u16
-}
-
 impl<'s> Front<'s> {
-    /// Takes a front's slot over, and whatever its predecessor left: its calls are cancelled, because their callers
-    /// are gone, and its submitted items are handed to the caller.
-    ///
-    /// # Panics
-    ///
-    /// If this view was not attached for that slot, or was used for it before: there is one front in a slot.
-    pub fn attach(segment: &'s Segment, topology: Topology, bells: Arc<Bells>, number: u16) -> (Self, Vec<Adopted>) {
-        assert!(segment.occupy(Slot::Front(number)), "the slot is not this view's, or is taken");
-        let (first, count) = share(segment, number);
-        let geometry = segment.geometry();
-        let mut front = Front {
-            segment,
-            topology,
-            bells,
-            number,
-            first,
-            known: (0..count).map(|_| Known::unused()).collect(),
-            free: Vec::with_capacity(count as usize),
-            arena: Partition::around(geometry.request_bytes, 2 * count, Vec::new()),
-            lanes: (0..lanes(segment)).map(|lane| segment.lane(lane)).collect(),
-            consumers: (0..geometry.workers).map(|w| segment.consumer(w as u16, number)).collect(),
-            cursor: 0,
-            found: Vec::new(),
-            unhinted: Vec::new(),
-            freed: 0,
-            pushed: 0,
-        };
-        let mut adopted = Vec::new();
-        let mut used = Vec::new();
-        for index in (first..first + count).rev() {
-            if !front.adopt(index, &mut adopted, &mut used) {
-                front.free.push(index);
-            }
-        }
-        if !used.is_empty() {
-            front.arena = Partition::around(geometry.request_bytes, 2 * count, used);
-        }
-        // The oldest first, as it would have been. Each time is read once: it may change, if a worker runs wild.
-        front.unhinted.sort_by_cached_key(|&index| segment.item(index).offered.load(Relaxed));
-        segment.rescan(number).fetch_or(1, Release);
-        crash_point!("attach.scanned");
-        // What was freed just now a worker may wait for.
-        for worker in 0..geometry.workers as u16 {
-            wake(segment, &front.bells, Slot::Worker(worker));
-        }
-        crash_point!("attach.told");
-        (front, adopted)
-    }
-
-    /// Looks at an item of the predecessor's; whether it is still in use.
-    fn adopt(&mut self, index: u32, adopted: &mut Vec<Adopted>, used: &mut Vec<Span>) -> bool {
-        let record = self.segment.item(index);
-        let submitted = is_submitted(record);
-        let word = loop {
-            let word = Word::load(&record.word);
-            match word.phase() {
-                Phase::Free => {
-                    if word.generation() == 0 {
-                        // Never used. Records begin far from each other, so that no word of one follows in another.
-                        Word::new(index.wrapping_mul(SPREAD), 0, 0, Phase::Free, 0).store(&record.word, word);
-                    }
-                    return false;
-                }
-                // The predecessor may have died before it pushed the hint; a second one does no harm.
-                Phase::Ready if submitted => self.unhinted.push(index),
-                Phase::Ready => {
-                    if word.with(Phase::Free, 0).exchange(&record.word, word).is_err() {
-                        continue;
-                    }
-                    crash_point!("attach.cancelled");
-                    return false;
-                }
-                Phase::Claimed if !submitted => record.cancel(word.generation()),
-                Phase::Done if !submitted => {
-                    word.with(Phase::Free, 0).store(&record.word, word);
-                    crash_point!("attach.freed");
-                    return false;
-                }
-                Phase::Claimed | Phase::Done => {}
-            }
-            break word;
-        };
-        // Nobody would ever complete it: let the first look at it find it damaged.
-        let is_broken = match word.phase() {
-            Phase::Ready => usize::from(word.lane()) >= self.lanes.len(),
-            Phase::Claimed => u32::from(word.owner()) >= self.segment.geometry().workers,
-            Phase::Done | Phase::Free => false,
-        };
-        let known = &mut self.known[(index - self.first) as usize];
-        known.word = if is_broken { word.discarded() } else { word };
-        known.id = record.id.load(Relaxed);
-        known.payload_len = record.payload_len.load(Relaxed);
-        known.state = if submitted { State::Waiting } else { State::Abandoned };
-        let (payload, extra) = request_spans(record);
-        // A completed item's payload has been given back; its memory may be another's by now.
-        let payload = payload.filter(|_| Word::load(&record.word).phase() != Phase::Done);
-        used.extend(payload.into_iter().chain(extra));
-        known.request = payload.map(Memory::Inherited);
-        known.extra = extra.map(Memory::Inherited);
-        if submitted {
-            let bytes = extra_bytes(self.segment, self.number, record).unwrap_or_default();
-            let len = (record.kind.load(Relaxed) & !SUBMIT) as usize;
-            let subscription = bytes.get(..len).unwrap_or_default().to_vec();
-            adopted.push(Adopted { index, subscription });
-        }
-        true
-    }
-
     /// The pools and their workers.
     pub fn topology(&self) -> &Topology {
         &self.topology
@@ -777,44 +575,4 @@ impl<'s> Front<'s> {
     pub fn awake(&self) {
         self.segment.sleeping(Slot::Front(self.number)).leave(0);
     }
-}
-
-/// Whether an item outlives its front.
-pub(super) fn is_submitted(record: &ItemRecord) -> bool {
-    record.kind.load(Relaxed) & SUBMIT != 0
-}
-
-/// The arena blocks that a record says its request has.
-pub(super) fn request_spans(record: &ItemRecord) -> (Option<Span>, Option<Span>) {
-    let payload = u64::from(record.payload_len.load(Relaxed));
-    let extra = u64::from(record.extra_len.load(Relaxed));
-    let span = |offset, len| Span { offset, len };
-    let in_arena = payload > INLINE as u64;
-    let inline = if in_arena { 0 } else { payload };
-    (
-        in_arena.then(|| span(record.request_offset.load(Relaxed), payload)),
-        (inline + extra > INLINE as u64).then(|| span(record.extra_offset.load(Relaxed), extra)),
-    )
-}
-
-/// Subscription and metadata of an item, copied out.
-pub(super) fn extra_bytes(segment: &Segment, front: u16, record: &ItemRecord) -> Option<Vec<u8>> {
-    let extra = record.extra_len.load(Relaxed) as usize;
-    match request_spans(record) {
-        (_, Some(span)) => segment.read_request(front, span.offset, span.len).map(<[u8]>::to_vec),
-        (payload, None) => {
-            let inline = if payload.is_some() { 0 } else { record.payload_len.load(Relaxed) as usize };
-            let mut line = [0; INLINE];
-            record.request.load(&mut line);
-            line.get(inline..inline + extra).map(<[u8]>::to_vec)
-        }
-    }
-}
-
-/// The metadata of an item, without the subscription.
-pub(super) fn metadata(segment: &Segment, front: u16, record: &ItemRecord) -> Vec<u8> {
-    let subscription = (record.kind.load(Relaxed) & !SUBMIT) as usize;
-    let mut bytes = extra_bytes(segment, front, record).unwrap_or_default();
-    bytes.drain(..subscription.min(bytes.len()));
-    bytes
 }

@@ -16,7 +16,7 @@ use prost::Message as _;
 
 use super::{
     Failure, Phase, Word,
-    front::{extra_bytes, front_of, is_submitted, metadata, request_spans},
+    request::{extra_bytes, front_of, is_submitted, metadata, request_spans},
 };
 use crate::{
     dispatch::metadata::pairs,

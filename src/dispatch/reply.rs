@@ -10,7 +10,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Bells, Claimed, Phase, Word, front, wake};
+use super::{Bells, Claimed, Phase, Word, request, wake};
 use crate::{
     arena::{Block, Memory, Partition, Span},
     crash_point::crash_point,
@@ -84,7 +84,7 @@ impl<'s> Output<'s> {
             if word.phase() == Phase::Done && word.owner() == number && len > INLINE as u64 {
                 let span = Span { offset: record.result_offset.load(Relaxed), len };
                 used.push(span);
-                let submitted_bytes = if front::is_submitted(record) { len } else { 0 };
+                let submitted_bytes = if request::is_submitted(record) { len } else { 0 };
                 results.push_back(Kept { index, word, memory: Memory::Inherited(span), submitted_bytes });
             }
         }
@@ -197,7 +197,7 @@ impl<'w, 's> Reply<'w, 's> {
         claimed: &Claimed<'_>,
         most: usize,
     ) -> Self {
-        Reply { output, line, submitted: front::is_submitted(claimed.record), most, len: 0, block: None }
+        Reply { output, line, submitted: request::is_submitted(claimed.record), most, len: 0, block: None }
     }
 }
 

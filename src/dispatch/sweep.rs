@@ -7,7 +7,7 @@
 
 use std::sync::atomic::Ordering::*;
 
-use super::{Bells, DeadLetters, Death, Failure, Phase, SUPERVISOR, Topology, Word, front, lanes};
+use super::{Bells, DeadLetters, Death, Failure, Phase, SUPERVISOR, Topology, Word, lanes, request};
 use crate::{
     crash_point::crash_point,
     ring::Hint,
@@ -98,11 +98,11 @@ pub(super) fn fail(record: &ItemRecord, word: Word, failure: &Failure) {
 /// Cleans up after a dead front: hints of its items may be missing, which its successor mends in
 /// [`super::Front::attach`]; what its calls' handlers still do is told to stop.
 pub fn sweep_front(segment: &Segment, bells: &Bells, number: u16) {
-    let (first, count) = front::share(segment, number);
+    let (first, count) = request::share(segment, number);
     for index in first..first + count {
         let record = segment.item(index);
         let word = Word::load(&record.word);
-        if word.phase() == Phase::Claimed && !front::is_submitted(record) {
+        if word.phase() == Phase::Claimed && !request::is_submitted(record) {
             record.cancel(word.generation());
             crash_point!("sweep.cancelled");
         }

@@ -6,7 +6,7 @@ use std::{
     time::Duration,
 };
 
-use super::{Bells, Phase, Reply, Topology, Word, front, lane_of, metadata, reply::Output, wake_worker};
+use super::{Bells, Phase, Reply, Topology, Word, lane_of, metadata, reply::Output, request, wake_worker};
 use crate::{
     crash_point::crash_point,
     process::{cores, now},
@@ -188,7 +188,7 @@ impl<'s> Worker<'s> {
             };
             if let (Some(hint), Some(word)) = (lane.take_ahead(claim, ahead), word) {
                 crash_point!("take.claimed");
-                let front = front::front_of(segment, hint.index);
+                let front = request::front_of(segment, hint.index);
                 return Some(Claimed { index: hint.index, front, word, record: segment.item(hint.index) });
             }
         }
@@ -210,7 +210,7 @@ impl<'s> Worker<'s> {
         };
         let metadata = match record.extra_len.load(Relaxed) {
             0 => Vec::new(),
-            _ => front::metadata(self.segment, claimed.front, record),
+            _ => request::metadata(self.segment, claimed.front, record),
         };
         Some((Item { claimed, payload, metadata }, Reply::new(&mut self.output, result, claimed, most)))
     }
