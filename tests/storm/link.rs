@@ -129,7 +129,8 @@ struct Survivor(TcpStream);
 impl AsyncRead for Survivor {
     fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         // A reset is an end like any other: everything before it has been read.
-        Poll::Ready(Ok(ready!(Pin::new(&mut self.0).poll_read(cx, buf)).unwrap_or_default()))
+        let _ = ready!(Pin::new(&mut self.0).poll_read(cx, buf));
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -139,10 +140,12 @@ impl AsyncWrite for Survivor {
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(ready!(Pin::new(&mut self.0).poll_flush(cx)).unwrap_or_default()))
+        let _ = ready!(Pin::new(&mut self.0).poll_flush(cx));
+        Poll::Ready(Ok(()))
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        Poll::Ready(Ok(ready!(Pin::new(&mut self.0).poll_shutdown(cx)).unwrap_or_default()))
+        let _ = ready!(Pin::new(&mut self.0).poll_shutdown(cx));
+        Poll::Ready(Ok(()))
     }
 }
