@@ -6,8 +6,8 @@
 //! - On a death: the pidfd is readable (the proof) → sweep → only then `waitid`, so that the pid cannot be reused while
 //!   the sweep relies on it.
 //! - A process that dies is replaced; one that keeps dying soon after its start is replaced ever more slowly, and a pool of
-//!   such workers does not serve ([`crash_loop`]).
-//! - A worker that takes too long for an item is ended ([`overdue`]).
+//!   such workers does not serve (`crash_loop`).
+//! - A worker that takes too long for an item is ended (`overdue`).
 //! - SIGTERM and SIGINT drain: the front takes nothing new, what was accepted is finished and sent, then the workers end,
 //!   then the segment is removed. A second signal, or the end of the grace period, kills what is left.
 //!
