@@ -73,8 +73,8 @@ enum Cell {
     Newer,
     /// Still holds the hint of a lap before.
     OlderFull,
-    /// Older than it can be. Either it is newer by now, and a CAS of it will fail, or somebody scribbled over it or the
-    /// counter, and there is nothing in it.
+    /// Older than it can be. Either it is newer by so many laps that it looks so, and the counter has moved since; or
+    /// somebody scribbled over it or the counter, and there is nothing in it.
     Older,
 }
 
@@ -137,6 +137,9 @@ impl<'a> Lane<'a> {
                         return Err(Full);
                     }
                 }
+                // So it also looks to whoever slept for half of all laps since it loaded the tail, and the cell is in use. Whoever
+                // wrote it had seen a later tail, so after the Acquire above it is seen here.
+                Cell::Older | Cell::OlderFull if self.tail.load(Relaxed) != tail => {}
                 Cell::Empty | Cell::Older | Cell::OlderFull => {
                     // L0: whoever sees the hint sees the READY item behind it.
                     if cell.compare_exchange(seen, self.full(tail, hint), Release, Relaxed).is_ok() {
