@@ -167,6 +167,26 @@ mod tests {
 
     use super::*;
 
+    #[test]
+    fn a_transition_is_made_from_the_word_that_it_is_made_from() {
+        let free = Word::new(7, 0, 0, Phase::Free, 0);
+        let memory = AtomicU64::new(free.0);
+        let ready = free.offered(3);
+        ready.store(&memory, free);
+        assert_eq!(Word::load(&memory), ready);
+        let [first, second] = [1, 2].map(|worker| ready.with(Phase::Claimed, worker));
+        assert_eq!(first.exchange(&memory, ready), Ok(()));
+        assert_eq!(second.exchange(&memory, ready), Err(first));
+        assert_eq!(Word::load(&memory), first);
+    }
+
+    #[test]
+    #[should_panic = "a word was changed by somebody else"]
+    fn a_store_over_somebody_elses_is_noticed() {
+        let memory = AtomicU64::new(1);
+        Word(3).store(&memory, Word(2));
+    }
+
     proptest! {
         #[test]
         fn fields_do_not_touch_each_other(

@@ -90,20 +90,83 @@ impl<'a> Sleepers<'a> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::{
+        sync::atomic::{AtomicU32, Ordering::SeqCst},
+        thread,
+    };
+
+    fn words() -> [AtomicU64; 2] {
+        [AtomicU64::new(0), AtomicU64::new(0)]
+    }
 
     #[test]
-    fn wakes_the_lowest_and_only_once() {
-        let words = [AtomicU64::new(0), AtomicU64::new(0)];
+    fn the_lowest_is_woken_first_and_each_once() {
+        let words = words();
         let sleepers = Sleepers::new(&words);
+        assert!(!sleepers.any());
         assert_eq!(sleepers.wake_one(), None);
-        for bit in [70, 3, 9] {
+        for bit in [127, 3, 64, 0, 63] {
+            sleepers.enter(bit);
+            assert!(sleepers.any());
+        }
+        for bit in [0, 3, 63, 64, 127] {
+            assert!(sleepers.any());
+            assert_eq!(sleepers.wake_one(), Some(bit));
+        }
+        assert!(!sleepers.any());
+        assert_eq!(sleepers.wake_one(), None);
+    }
+
+    #[test]
+    fn who_leaves_knows_whether_somebody_woke_it_and_disturbs_nobody() {
+        let words = words();
+        let sleepers = Sleepers::new(&words);
+        for bit in [5, 6, 70] {
             sleepers.enter(bit);
         }
-        assert!(sleepers.any());
-        assert_eq!(sleepers.wake_one(), Some(3));
-        assert!(!sleepers.leave(3), "a waker took the bit");
-        assert!(sleepers.leave(9));
-        assert_eq!(sleepers.wake_one(), Some(70));
-        assert_eq!(sleepers.wake_one(), None);
+        assert!(sleepers.leave(6));
+        assert!(!sleepers.leave(6), "it is not there any more");
+        assert!(!sleepers.leave(7), "it never was");
+        assert_eq!(sleepers.wake_one(), Some(5));
+        assert!(!sleepers.leave(5), "a waker was first");
+        assert!(sleepers.leave(70));
+        assert!(!sleepers.any());
+    }
+
+    /// Of several wakers and the sleeper itself one clears a bit, and that one knows it.
+    #[test]
+    fn a_bit_is_cleared_once_whoever_does_it() {
+        const ROUNDS: u32 = if cfg!(miri) { 20 } else { 20_000 };
+        const BITS: [usize; 3] = [0, 1, 64];
+        let words = words();
+        let sleepers = Sleepers::new(&words);
+        let (round, cleared, ready) = (AtomicU32::new(0), AtomicU32::new(0), AtomicU32::new(0));
+        thread::scope(|scope| {
+            for thread in 0..3 {
+                let (round, cleared, ready) = (&round, &cleared, &ready);
+                scope.spawn(move || {
+                    for mine in 1..=ROUNDS {
+                        while round.load(SeqCst) < mine {
+                            thread::yield_now();
+                        }
+                        let woken = match thread {
+                            0 => u32::from(sleepers.leave(BITS[mine as usize % 3])),
+                            _ => std::iter::from_fn(|| sleepers.wake_one()).count() as u32,
+                        };
+                        cleared.fetch_add(woken, SeqCst);
+                        ready.fetch_add(1, SeqCst);
+                    }
+                });
+            }
+            for this in 1..=ROUNDS {
+                BITS.iter().for_each(|bit| sleepers.enter(*bit));
+                round.store(this, SeqCst);
+                while ready.load(SeqCst) < 3 * this {
+                    thread::yield_now();
+                }
+                assert_eq!(cleared.load(SeqCst), 3 * this);
+                assert!(!sleepers.any());
+            }
+        });
     }
 }
