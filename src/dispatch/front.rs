@@ -17,13 +17,12 @@ pub use takeover::Adopted;
 
 use super::{
     Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, mend,
-    request::{Kind, Offer, OfferError, Place, Request, SUBMIT, extra_bytes, is_submitted, request_spans, share},
+    request::{Kind, Offer, OfferError, Request, SUBMIT, extra_bytes, is_submitted, request_spans, share},
     wake, wake_worker,
 };
 use crate::{
     arena::{Block, Memory, Partition, Span, largest_block},
     crash_point::crash_point,
-    process::now,
     ring::{Consumer, Hint, Lane},
     segment::{INLINE, ItemRecord, PRIORITIES, Segment, Slot},
 };
@@ -155,42 +154,36 @@ impl<'s> Front<'s> {
     }
 
     /// Memory for a payload of so many bytes.
-    #[inline]
+    #[inline(always)]
     pub fn request(&mut self, len: usize) -> Result<Request, OfferError> {
-        if len <= INLINE {
-            return Ok(Request(Place::Inline { bytes: [0; INLINE], len: 0 }));
+        let mut request = Request { most: len, ..Request::default() };
+        if len > INLINE {
+            request.block = Some(self.arena.allocate(len as u64).ok_or(OfferError::Arena)?);
         }
-        let block = self.arena.allocate(len as u64).ok_or(OfferError::Arena)?;
-        Ok(Request(Place::Arena { block, len, written: 0 }))
+        Ok(request)
     }
 
     /// Appends bytes to a payload. What goes beyond the announced length is left out.
     #[inline]
     pub fn write(&self, request: &mut Request, bytes: &[u8]) {
-        match &mut request.0 {
-            Place::Inline { bytes: place, len } => {
-                let bytes = &bytes[..bytes.len().min(INLINE - *len)];
-                place[*len..*len + bytes.len()].copy_from_slice(bytes);
-                *len += bytes.len();
+        let start = request.len;
+        let bytes = &bytes[..bytes.len().min(request.most - start)];
+        let written = match &request.block {
+            None => {
+                request.line.0[start..start + bytes.len()].copy_from_slice(bytes);
+                true
             }
-            Place::Arena { block, len, written } => {
-                let bytes = &bytes[..bytes.len().min(*len - *written)];
-                if self.segment.write_request(self.number, block.offset() + *written as u64, bytes) {
-                    *written += bytes.len();
-                }
-            }
+            Some(block) => self.segment.write_request(self.number, block.offset() + start as u64, bytes),
+        };
+        if written {
+            request.len += bytes.len();
         }
     }
 
     /// Gives the memory of a payload back that is not offered after all; whether there was any.
     pub fn discard(&mut self, request: Request) -> bool {
-        match request.0 {
-            Place::Inline { .. } => false,
-            Place::Arena { block, .. } => {
-                self.arena.free(block);
-                true
-            }
-        }
+        let block = request.block.map(|block| self.arena.free(block));
+        block.is_some()
     }
 
     /// Bytes of payload that an item was offered with.
@@ -205,26 +198,19 @@ impl<'s> Front<'s> {
 
     /// Offers an item; its index, once it is accepted. `request` is taken only then. The workers are told by
     /// [`Front::ring`], once for any number of offers.
-    #[inline]
+    #[inline(always)]
     pub fn offer(&mut self, offer: &Offer<'_>, request: &mut Request) -> Result<u32, OfferError> {
         let &index = self.free.last().ok_or(OfferError::Items)?;
         let record = self.segment.item(index);
         let word = Word::load(&record.word);
 
-        let inline_len = match &request.0 {
-            Place::Inline { bytes, len } => {
-                record.request.store(&bytes[..*len]);
-                record.payload_len.store(*len as u32, Relaxed);
-                *len
-            }
-            Place::Arena { block, written, .. } => {
-                record.request_offset.store(block.offset(), Relaxed);
-                record.payload_len.store(*written as u32, Relaxed);
-                0
-            }
-        };
+        match &request.block {
+            None => record.request.store(&request.line.0[..request.len]),
+            Some(block) => record.request_offset.store(block.offset(), Relaxed),
+        }
+        record.payload_len.store(request.len as u32, Relaxed);
         let extra_len = offer.subscription.len() + offer.metadata.len();
-        let extra = if extra_len == 0 { None } else { self.write_extra(record, request, inline_len, offer)? };
+        let extra = if extra_len == 0 { None } else { self.write_extra(record, request, offer)? };
         record.extra_len.store(extra_len as u32, Relaxed);
         record.id.store(offer.id, Relaxed);
         record.offered.store(offer.offered, Relaxed);
@@ -253,11 +239,14 @@ impl<'s> Front<'s> {
         known.state = State::Waiting;
         known.word = ready;
         known.id = offer.id;
-        known.payload_len = request.len() as u32;
-        known.extra = extra.map(Memory::Own);
-        if let Place::Arena { block, .. } = std::mem::take(request).0 {
+        known.payload_len = request.len as u32;
+        if let Some(block) = extra {
+            known.extra = Some(Memory::Own(block));
+        }
+        if let Some(block) = request.block.take() {
             known.request = Some(Memory::Own(block));
         }
+        (request.len, request.most) = (0, 0);
         Ok(index)
     }
 
@@ -267,15 +256,12 @@ impl<'s> Front<'s> {
         &mut self,
         record: &ItemRecord,
         request: &Request,
-        inline_len: usize,
         offer: &Offer<'_>,
     ) -> Result<Option<Block>, OfferError> {
         let len = offer.subscription.len() + offer.metadata.len();
+        let inline_len = if request.block.is_some() { 0 } else { request.len };
         if inline_len + len <= INLINE {
-            let mut line = [0; INLINE];
-            if let Place::Inline { bytes, len } = &request.0 {
-                line[..*len].copy_from_slice(&bytes[..*len]);
-            }
+            let mut line = request.line.0;
             let (subscription, metadata) = line[inline_len..inline_len + len].split_at_mut(offer.subscription.len());
             subscription.copy_from_slice(offer.subscription);
             metadata.copy_from_slice(offer.metadata);
@@ -328,7 +314,8 @@ impl<'s> Front<'s> {
     }
 
     /// The next completed item, if there is one.
-    #[inline]
+    // Inlined, here and below, so that what is returned stays in registers: see `Line` for what a copy would wait for.
+    #[inline(always)]
     pub fn collect(&mut self) -> Option<Completion> {
         loop {
             let index = match self.found.pop().or_else(|| self.pop()) {
@@ -361,7 +348,7 @@ impl<'s> Front<'s> {
                 continue;
             }
             crash_point!("collect.held");
-            return Some(if is_damaged { self.damaged(index) } else { self.completion(index, record, word) });
+            return Some(self.completion(index, record, word, is_damaged));
         }
     }
 
@@ -443,41 +430,28 @@ impl<'s> Front<'s> {
         self.pushed |= pushed;
     }
 
-    #[inline]
-    fn completion(&self, index: u32, record: &ItemRecord, word: Word) -> Completion {
+    #[inline(always)]
+    fn completion(&self, index: u32, record: &ItemRecord, word: Word, is_damaged: bool) -> Completion {
         let len = record.result_len.load(Relaxed) as usize;
         let offset = record.result_offset.load(Relaxed);
         let inside =
             len <= INLINE || len <= MAX_RESULT && self.segment.read_result(word.owner(), offset, len as u64).is_some();
         let outcome = match record.code.load(Relaxed) {
+            _ if is_damaged => Outcome::Damaged,
             _ if !inside => Outcome::Invalid,
             0 => Outcome::Success,
             code => Outcome::Failure(code),
         };
-        let len = if inside { len } else { 0 };
+        let (worker, attempts) = if is_damaged { (SUPERVISOR, 0) } else { (word.owner(), word.attempts()) };
         Completion {
             index,
             id: self.id(index),
             outcome,
-            len,
-            worker: word.owner(),
-            attempts: u32::from(word.attempts()) + u32::from(word.owner() != SUPERVISOR),
+            len: if inside && !is_damaged { len } else { 0 },
+            worker,
+            attempts: u32::from(attempts) + u32::from(worker != SUPERVISOR),
             times: [&record.offered, &record.claimed, &record.done].map(|time| time.load(Relaxed)),
             offset,
-        }
-    }
-
-    #[cold]
-    fn damaged(&self, index: u32) -> Completion {
-        Completion {
-            index,
-            id: self.id(index),
-            outcome: Outcome::Damaged,
-            len: 0,
-            worker: SUPERVISOR,
-            attempts: 0,
-            times: [now(); 3],
-            offset: 0,
         }
     }
 
@@ -558,7 +532,10 @@ impl<'s> Front<'s> {
     fn forget(&mut self, index: u32) {
         let known = &mut self.known[(index - self.first) as usize];
         known.state = State::Free;
-        for memory in [known.request.take(), known.extra.take()].into_iter().flatten() {
+        if let Some(memory) = known.request.take() {
+            self.arena.give_back(memory);
+        }
+        if let Some(memory) = known.extra.take() {
             self.arena.give_back(memory);
         }
         self.free.push(index);

@@ -10,7 +10,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Bells, Claimed, Phase, Word, request, wake};
+use super::{
+    Bells, Claimed, Phase, Word,
+    request::{self, Line},
+    wake,
+};
 use crate::{
     arena::{Block, Memory, Partition, Span},
     crash_point::crash_point,
@@ -158,7 +162,7 @@ impl<'s> Output<'s> {
     }
 
     /// Stores DONE, tells the front, and wakes it if it sleeps.
-    #[inline]
+    #[inline(always)]
     fn complete(&mut self, claimed: &Claimed<'_>, code: u32, times: [u64; 2]) {
         let record = claimed.record;
         record.code.store(code, Relaxed);
@@ -181,7 +185,7 @@ impl<'s> Output<'s> {
 /// the result arena if not.
 pub struct Reply<'w, 's> {
     output: &'w mut Output<'s>,
-    line: &'w mut [u8; INLINE],
+    line: &'w mut Line,
     submitted: bool,
     most: usize,
     len: usize,
@@ -190,13 +194,8 @@ pub struct Reply<'w, 's> {
 
 impl<'w, 's> Reply<'w, 's> {
     /// An empty result of at most `most` bytes. `line` has room for a small one.
-    #[inline]
-    pub(super) fn new(
-        output: &'w mut Output<'s>,
-        line: &'w mut [u8; INLINE],
-        claimed: &Claimed<'_>,
-        most: usize,
-    ) -> Self {
+    #[inline(always)]
+    pub(super) fn new(output: &'w mut Output<'s>, line: &'w mut Line, claimed: &Claimed<'_>, most: usize) -> Self {
         Reply { output, line, submitted: request::is_submitted(claimed.record), most, len: 0, block: None }
     }
 }
@@ -252,7 +251,7 @@ impl Reply<'_, '_> {
     fn bytes(&mut self) -> &mut [u8] {
         let segment = self.output.segment;
         let place = match &mut self.block {
-            None => self.line.get_mut(..self.len),
+            None => self.line.0.get_mut(..self.len),
             Some(block) => segment.write_result(self.output.number, block, self.len as u64),
         };
         place.unwrap_or_default()
@@ -286,7 +285,7 @@ impl Reply<'_, '_> {
         let number = self.output.number;
         match kept {
             None => {
-                let line = *self.line;
+                let line = self.line.0;
                 self.fill(block, &line[..self.len.min(INLINE)]);
             }
             Some(old) => {
@@ -318,12 +317,12 @@ impl Reply<'_, '_> {
     }
 
     /// Completes the item with these bytes as its result; `code` is 0 or that of the failure they describe.
-    #[inline]
+    #[inline(always)]
     pub fn complete(mut self, claimed: Claimed<'_>, code: u32, claimed_at: u64, done_at: u64) {
         if self.block.is_some() {
             self.settle(&claimed);
         } else {
-            claimed.record.result.store(&self.line[..self.len]);
+            claimed.record.result.store(&self.line.0[..self.len]);
         }
         claimed.record.result_len.store(self.len as u32, Relaxed);
         self.output.complete(&claimed, code, [claimed_at, done_at]);

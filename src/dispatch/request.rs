@@ -43,33 +43,37 @@ pub struct Offer<'a> {
 }
 
 /// Payload of an item to be: small ones in private memory, large ones already in the arena.
-#[derive(Debug)]
-pub struct Request(pub(super) Place);
-
-#[derive(Debug)]
-pub(super) enum Place {
-    Inline { bytes: [u8; INLINE], len: usize },
-    Arena { block: Block, len: usize, written: usize },
+#[derive(Debug, Default)]
+pub struct Request {
+    pub(super) line: Line,
+    pub(super) block: Option<Block>,
+    /// Bytes so far, and how many were announced.
+    pub(super) len: usize,
+    pub(super) most: usize,
 }
 
-impl Default for Request {
+/// A small payload or result, in private memory. It stays in one place, and is written and read as a whole: a load of what
+/// several stores wrote must wait until all stores before it have reached the cache, and those to another process's lines are
+/// slow.
+#[derive(Debug)]
+#[repr(align(64))]
+pub(super) struct Line(pub [u8; INLINE]);
+
+impl Default for Line {
     fn default() -> Self {
-        Request(Place::Inline { bytes: [0; INLINE], len: 0 })
+        Line([0; INLINE])
     }
 }
 
 impl Request {
     /// Bytes of payload so far.
     pub fn len(&self) -> usize {
-        match &self.0 {
-            Place::Inline { len, .. } => *len,
-            Place::Arena { written, .. } => *written,
-        }
+        self.len
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.len() == 0
+        self.len == 0
     }
 }
 

@@ -6,7 +6,12 @@ use std::{
     time::Duration,
 };
 
-use super::{Bells, Phase, Reply, Topology, Word, lane_of, metadata, reply::Output, request, wake_worker};
+use super::{
+    Bells, Phase, Reply, Topology, Word, lane_of, metadata,
+    reply::Output,
+    request::{self, Line},
+    wake_worker,
+};
 use crate::{
     crash_point::crash_point,
     process::{cores, now},
@@ -50,14 +55,11 @@ impl Claimed<'_> {
     }
 }
 
-/// Private copies of the payload and the result of one item at a time, if they are small. They stay in one place and are
-/// written and read as a whole: a load of what several stores wrote must wait until all stores before it have reached
-/// the cache, and those to another process's lines are slow.
-#[derive(Debug)]
-#[repr(align(64))]
+/// Private copies of a small payload and a small result.
+#[derive(Debug, Default)]
 struct Lines {
-    request: [u8; INLINE],
-    result: [u8; INLINE],
+    request: Line,
+    result: Line,
 }
 
 /// One item, as its handler sees it.
@@ -149,7 +151,7 @@ impl<'s> Worker<'s> {
                 .collect(),
             output: Output::resume(segment, bells.clone(), number),
             fetched: None,
-            lines: Lines { request: [0; INLINE], result: [0; INLINE] },
+            lines: Lines::default(),
             topology,
             bells,
             number,
@@ -168,7 +170,7 @@ impl<'s> Worker<'s> {
     }
 
     /// Claims the next item of the pool: the oldest of the highest priority.
-    #[inline]
+    #[inline(always)]
     pub fn take(&mut self) -> Option<Claimed<'s>> {
         let (segment, number) = (self.segment, self.number);
         for &(lane_number, lane) in &self.lanes {
@@ -197,14 +199,14 @@ impl<'s> Worker<'s> {
 
     /// The item as its handler sees it, and an empty result of at most `most` bytes. None if the front wrote something
     /// impossible.
-    #[inline]
+    #[inline(always)]
     pub fn open<'w: 'c, 'c>(&'w mut self, claimed: &'c Claimed<'s>, most: usize) -> Option<(Item<'c>, Reply<'w, 's>)> {
         let record = claimed.record;
         let Lines { request, result } = &mut self.lines;
         let payload = match record.payload_len.load(Relaxed) as usize {
             len @ 0..=INLINE => {
-                record.request.load(request);
-                &request[..len]
+                record.request.load(&mut request.0);
+                &request.0[..len]
             }
             len => self.segment.read_request(claimed.front, record.request_offset.load(Relaxed), len as u64)?,
         };
