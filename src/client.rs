@@ -295,6 +295,7 @@ impl From<&tonic::Status> for v1::Status {
             code: status.code() as i32,
             message: status.message().to_owned(),
             reason: status.get_details_error_info().map(|info| info.reason).unwrap_or_default(),
+            traceback: status.get_details_debug_info().map(|info| info.stack_entries.join("\n")).unwrap_or_default(),
         }
     }
 }
@@ -354,7 +355,7 @@ mod tests {
         let status = tonic::Status::with_error_details(Code::Internal, "no such file", details);
         let read = v1::Status::from(&status);
         assert_eq!(read.to_string(), "INTERNAL (HANDLER_FAILED): no such file");
-        let bare = v1::Status { code: 4, message: String::new(), reason: "DEADLINE_EXCEEDED".into() };
+        let bare = v1::Status { code: 4, reason: "DEADLINE_EXCEEDED".into(), ..Default::default() };
         assert_eq!(bare.to_string(), "DEADLINE_EXCEEDED");
     }
 

@@ -97,6 +97,7 @@ async fn call(client: &Client, item: WorkItem, timeout: Option<Duration>) -> Res
             code: tonic::Code::DeadlineExceeded as i32,
             message: "the server did not answer".to_owned(),
             reason: "NO_ANSWER".to_owned(),
+            ..Default::default()
         }),
     }
 }

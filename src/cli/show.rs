@@ -183,7 +183,8 @@ mod tests {
         assert_eq!(line["payload_hex"], "6869");
         assert_eq!((line["ok"].as_bool(), line.get("file")), (Some(true), None));
 
-        let status = Status { code: 13, message: "it broke".into(), reason: "HANDLER_FAILED".into() };
+        let status =
+            Status { code: 13, message: "it broke".into(), reason: "HANDLER_FAILED".into(), ..Default::default() };
         let failed = WorkResult { payload: vec![255].into(), status: Some(status.clone()), ..Default::default() };
         for line in [json(&ResultLine::of(&failed, Some("f"))), json(&ResultLine::failed(1, &status, Some("f")))] {
             assert_eq!((line["ok"].as_bool(), line["payload"].is_null()), (Some(false), true));

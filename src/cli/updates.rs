@@ -101,7 +101,8 @@ mod tests {
     fn a_result_is_a_line() {
         let result = WorkResult { id: 7, payload: "a\nb".into(), ..Default::default() };
         assert_eq!(line(result), "7 ok a\\nb");
-        let status = Status { code: 13, message: "two\nlines".into(), reason: "HANDLER_FAILED".into() };
+        let status =
+            Status { code: 13, message: "two\nlines".into(), reason: "HANDLER_FAILED".into(), ..Default::default() };
         let result = WorkResult { id: 8, status: Some(status), ..Default::default() };
         assert_eq!(line(result), "8 failed INTERNAL (HANDLER_FAILED): two\\nlines");
     }

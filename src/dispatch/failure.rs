@@ -12,17 +12,26 @@ pub struct Failure {
     pub(crate) code: u8,
     pub(crate) reason: Cow<'static, str>,
     pub(crate) message: String,
+    pub(crate) traceback: String,
 }
 
 /// Bytes of a message that are kept: the client gets it in HTTP/2 headers, which are bounded.
 const MESSAGE: usize = 1024;
+/// And of a traceback, from its end, for the same reason.
+const TRACEBACK: usize = 2048;
 
 impl Failure {
     /// A failure with a gRPC code, a reason for programs (a constant in UPPER_SNAKE_CASE) and a message for people.
     /// `Code::Ok` is no failure and becomes `Unknown`.
     pub fn new(code: Code, reason: impl Into<Cow<'static, str>>, message: impl fmt::Display) -> Self {
         let code = if code == Code::Ok { Code::Unknown } else { code };
-        Failure { code: code as u8, reason: reason.into(), message: message.to_string() }
+        Failure { code: code as u8, reason: reason.into(), message: message.to_string(), traceback: String::new() }
+    }
+
+    /// Says where in the handler it was. Of a long text the end travels.
+    pub fn with_traceback(mut self, traceback: impl Into<String>) -> Self {
+        self.traceback = traceback.into();
+        self
     }
 
     /// `INTERNAL`, reason `HANDLER_FAILED`.
@@ -40,34 +49,43 @@ impl Failure {
         Failure::new(Code::Cancelled, "CANCELLED", "the item was cancelled by its client")
     }
 
-    /// How it travels in a result: a byte for the length of the reason, the reason, the message.
+    /// How it travels in a result: a byte for the length of the reason, two for that of the message, then reason, message
+    /// and traceback.
     pub(crate) fn encode(&self) -> Vec<u8> {
         let reason = prefix(&self.reason, u8::MAX.into());
         let message = prefix(&self.message, MESSAGE);
-        let mut bytes = Vec::with_capacity(1 + reason.len() + message.len());
+        let traceback = suffix(&self.traceback, TRACEBACK);
+        let mut bytes = Vec::with_capacity(3 + reason.len() + message.len() + traceback.len());
         bytes.push(reason.len() as u8);
-        bytes.extend_from_slice(reason.as_bytes());
-        bytes.extend_from_slice(message.as_bytes());
+        bytes.extend_from_slice(&(message.len() as u16).to_le_bytes());
+        [reason, message, traceback].iter().for_each(|text| bytes.extend_from_slice(text.as_bytes()));
         bytes
     }
 
     /// What a result of this code says, whatever the bytes are.
     pub(crate) fn from_result(code: u32, bytes: &[u8]) -> Self {
-        let (len, rest) = bytes.split_first().unwrap_or((&0, &[]));
-        let (reason, message) = rest.split_at(rest.len().min(usize::from(*len)));
-        let text = |bytes: &[u8]| String::from_utf8_lossy(&bytes[..bytes.len().min(MESSAGE)]).into_owned();
-        Failure::new(Code::from_i32(code as i32), text(reason), text(message))
+        let (lens, rest) = bytes.split_first_chunk::<3>().unwrap_or((&[0; 3], &[]));
+        let (reason, rest) = rest.split_at(rest.len().min(lens[0].into()));
+        let (message, traceback) = rest.split_at(rest.len().min(u16::from_le_bytes([lens[1], lens[2]]).into()));
+        let text = |bytes: &[u8], most: usize| String::from_utf8_lossy(&bytes[..bytes.len().min(most)]).into_owned();
+        Failure::new(Code::from_i32(code as i32), text(reason, MESSAGE), text(message, MESSAGE))
+            .with_traceback(text(traceback, TRACEBACK))
     }
 
-    /// Code, reason and message.
-    pub(crate) fn into_parts(self) -> (Code, Cow<'static, str>, String) {
-        (Code::from_i32(self.code.into()), self.reason, self.message)
+    /// The code.
+    pub(crate) fn code(&self) -> Code {
+        Code::from_i32(self.code.into())
     }
 }
 
 /// The longest prefix of at most so many bytes that ends between characters.
 fn prefix(text: &str, most: usize) -> &str {
     &text[..text.floor_char_boundary(most)]
+}
+
+/// The longest suffix of at most so many bytes that begins between characters.
+fn suffix(text: &str, most: usize) -> &str {
+    &text[text.ceil_char_boundary(text.len().saturating_sub(most))..]
 }
 
 /// Any error of a handler is `INTERNAL` with reason `HANDLER_FAILED`; but a result that is too large, however deep in
@@ -101,11 +119,16 @@ mod tests {
     fn failures_travel() {
         let failure = Failure::new(Code::NotFound, "NO_SUCH_ROW", "row 7 is missing");
         assert_eq!(Failure::from_result(failure.code.into(), &failure.encode()), failure);
+        let failure = failure.with_traceback("line 1");
+        assert_eq!(Failure::from_result(failure.code.into(), &failure.encode()), failure);
         assert_eq!(Failure::new(Code::Ok, "X", "").code, Code::Unknown as u8);
         assert_eq!(Failure::from_result(0, &[]).code, Code::Unknown as u8, "a failure is never a success");
-        assert_eq!(Failure::from_result(13, &[200, b'A', 0xff]).reason, "A\u{fffd}");
-        let long = Failure::handler("ä".repeat(5000)).encode();
-        assert!(Failure::from_result(13, &long).message.chars().all(|c| c == 'ä'), "cut between characters");
+        assert_eq!(Failure::from_result(13, &[200, 0, 0, b'A', 0xff]).reason, "A\u{fffd}");
+        let long = Failure::handler("ä".repeat(5000)).with_traceback(format!("{}é", "ü".repeat(5000))).encode();
+        let long = Failure::from_result(13, &long);
+        assert!(long.message.chars().all(|c| c == 'ä'), "cut between characters");
+        assert!(long.traceback.starts_with('ü') && long.traceback.ends_with('é'), "of a traceback the end counts");
+        assert!(long.message.len() <= MESSAGE && long.traceback.len() <= TRACEBACK);
     }
 
     #[test]

@@ -112,7 +112,12 @@ fn head<'a>(completion: &Completion, failure: Option<&'a Refusal>) -> ResultHead
 }
 
 fn result_status(refusal: &Refusal) -> ResultStatus<'_> {
-    ResultStatus { code: refusal.code as i32, message: &refusal.message, reason: &refusal.reason }
+    ResultStatus {
+        code: refusal.code as i32,
+        message: &refusal.message,
+        reason: &refusal.reason,
+        traceback: &refusal.traceback,
+    }
 }
 
 /// Appends the result of an item that never ran.

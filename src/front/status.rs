@@ -1,6 +1,6 @@
 //! Statuses: every failure of the service in one place, each with a code, a reason for programs and a line for people
 //! that says what to do. The reason travels as `google.rpc.ErrorInfo` in the status details; where trying again helps,
-//! `google.rpc.RetryInfo` says when.
+//! `google.rpc.RetryInfo` says when; where in the handler it was, `google.rpc.DebugInfo`.
 
 use std::{borrow::Cow, time::Duration};
 
@@ -21,6 +21,7 @@ pub struct Refusal {
     pub code: Code,
     pub reason: Cow<'static, str>,
     pub message: String,
+    pub traceback: String,
     retry: bool,
 }
 
@@ -30,7 +31,7 @@ const MESSAGE: usize = 1024;
 impl Refusal {
     fn new(code: Code, reason: &'static str, mut message: String) -> Self {
         message.truncate(message.floor_char_boundary(MESSAGE));
-        Refusal { code, reason: reason.into(), message, retry: false }
+        Refusal { code, reason: reason.into(), message, traceback: String::new(), retry: false }
     }
 
     pub fn unknown_pool(name: &str, pools: &[String]) -> Self {
@@ -119,6 +120,9 @@ impl Refusal {
         if self.retry {
             details.set_retry_info(Some(RETRY_DELAY));
         }
+        if !self.traceback.is_empty() {
+            details.set_debug_info(self.traceback.lines().map(str::to_owned).collect::<Vec<_>>(), "");
+        }
         Status::with_error_details(self.code, self.message.clone(), details)
     }
 }
@@ -143,7 +147,8 @@ impl From<WireError> for Refusal {
 
 impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Self {
-        let (code, reason, message) = failure.into_parts();
-        Refusal { code, reason, message, retry: false }
+        let code = failure.code();
+        let Failure { reason, message, traceback, .. } = failure;
+        Refusal { code, reason, message, traceback, retry: false }
     }
 }

@@ -76,8 +76,12 @@ pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
 fn reject(receipt: &mut SubmitReceipt, id: u64, refusal: Refusal) {
     receipt.rejected += 1;
     if receipt.rejections.len() < REJECTIONS {
-        let status =
-            ItemStatus { code: refusal.code as i32, message: refusal.message, reason: refusal.reason.into_owned() };
+        let status = ItemStatus {
+            code: refusal.code as i32,
+            message: refusal.message,
+            reason: refusal.reason.into_owned(),
+            traceback: refusal.traceback,
+        };
         receipt.rejections.push(Rejection { id, status: Some(status) });
     }
 }

@@ -64,7 +64,7 @@ pub fn refusal<T: Debug>(answer: Result<T, tonic::Status>) -> (Code, String, Str
 
 /// The same of a result on a stream.
 pub fn failure(result: WorkResult) -> (Code, String, String) {
-    let v1::Status { code, reason, message } = result.outcome().expect_err("this must have failed");
+    let v1::Status { code, reason, message, .. } = result.outcome().expect_err("this must have failed");
     (Code::from_i32(code), reason, message)
 }
 

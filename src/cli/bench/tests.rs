@@ -32,7 +32,8 @@ type Results = Pin<Box<dyn Stream<Item = Result<WorkResult, Status>> + Send>>;
 
 /// What the pool makes of its `n`th item: nothing, a result, or two.
 fn answer(item: WorkItem, n: usize) -> Vec<WorkResult> {
-    let failed = v1::Status { code: 13, message: "told to".into(), reason: "HANDLER_FAILED".into() };
+    let failed =
+        v1::Status { code: 13, message: "told to".into(), reason: "HANDLER_FAILED".into(), ..Default::default() };
     let mut result = WorkResult { id: item.id, payload: item.payload, ..Default::default() };
     match item.pool.as_str() {
         "odd-fail" if n % 2 == 1 => result.status = Some(failed),
@@ -85,7 +86,7 @@ impl Dispatcher for Fake {
         let mut n = 0;
         while let Some(item) = items.next().await.transpose()? {
             if item.pool == "reject" {
-                let status = v1::Status { code: 5, message: String::new(), reason: "UNKNOWN_POOL".into() };
+                let status = v1::Status { code: 5, reason: "UNKNOWN_POOL".into(), ..Default::default() };
                 receipt.rejected += 1;
                 receipt.rejections.push(Rejection { id: item.id, status: Some(status) });
                 continue;

@@ -33,6 +33,8 @@ pub struct ResultStatus<'a> {
     pub message: &'a str,
     /// For programs.
     pub reason: &'a str,
+    /// Where in the handler.
+    pub traceback: &'a str,
 }
 
 /// Appends a whole result. For payloads so small that a copy is cheaper than a frame.
@@ -95,6 +97,7 @@ fn encode_head(out: &mut BytesMut, head: &ResultHead<'_>, payload_len: usize, co
         small.uint(1, code(status));
         small.text(2, status.message, out);
         small.text(3, status.reason, out);
+        small.text(4, status.traceback, out);
     }
     if payload_len > 0 {
         small.len(2, payload_len);
@@ -103,7 +106,7 @@ fn encode_head(out: &mut BytesMut, head: &ResultHead<'_>, payload_len: usize, co
 }
 
 fn status_len(status: &ResultStatus<'_>) -> usize {
-    uint_len(code(status)) + text_len(status.message) + text_len(status.reason)
+    uint_len(code(status)) + text_len(status.message) + text_len(status.reason) + text_len(status.traceback)
 }
 
 /// An int32 travels as the 64 bits of its two's complement.

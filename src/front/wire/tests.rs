@@ -225,7 +225,7 @@ proptest! {
     #[test]
     fn results_are_what_prost_reads(
         id: u64,
-        status in prop::option::of((any::<i32>(), "\\PC{0,200}", "[A-Z_]{0,20}")),
+        status in prop::option::of((any::<i32>(), "\\PC{0,200}", "[A-Z_]{0,20}", "\\PC{0,200}")),
         timing: [u64; 3],
         shifts in prop::array::uniform4(0u32..64),
         attempts: u32,
@@ -236,7 +236,12 @@ proptest! {
         let [queued_ns, worked_ns, returned_ns] = [0, 1, 2].map(|i| timing[i] >> shifts[i]);
         let head = ResultHead {
             id,
-            status: status.as_ref().map(|(code, message, reason)| ResultStatus { code: *code, message, reason }),
+            status: status.as_ref().map(|(code, message, reason, traceback)| ResultStatus {
+                code: *code,
+                message,
+                reason,
+                traceback,
+            }),
             queued_ns,
             worked_ns,
             returned_ns,
@@ -246,7 +251,9 @@ proptest! {
         let expected = v1::WorkResult {
             id,
             payload: Bytes::from(payload.clone()),
-            status: status.clone().map(|(code, message, reason)| v1::Status { code, message, reason }),
+            status: status
+                .clone()
+                .map(|(code, message, reason, traceback)| v1::Status { code, message, reason, traceback }),
             timing: Some(v1::Timing { queued_ns, worked_ns, returned_ns }),
             attempts,
             worker,
@@ -454,7 +461,7 @@ fn the_largest_result_head_fits_its_stack_buffer() {
     let text = "x".repeat(300);
     let head = ResultHead {
         id: u64::MAX,
-        status: Some(ResultStatus { code: -1, message: &text, reason: &text }),
+        status: Some(ResultStatus { code: -1, message: &text, reason: &text, traceback: &text }),
         queued_ns: u64::MAX,
         worked_ns: u64::MAX,
         returned_ns: u64::MAX,
