@@ -37,7 +37,7 @@ pub use failure::Failure;
 pub use front::{Adopted, Completion, Front, Outcome};
 pub use letters::{DeadLetters, Death};
 pub use mend::mend;
-pub use reply::{Reply, ReplyError};
+pub use reply::{Hold, Reply, ReplyError};
 pub use request::{Kind, Offer, OfferError, Request};
 pub use sweep::{Swept, sweep_front, sweep_worker};
 pub use word::{Phase, SUPERVISOR, Word};

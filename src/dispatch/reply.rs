@@ -29,8 +29,21 @@ struct Kept {
     /// With what it was completed: the memory is free again when the item's word is another.
     word: Word,
     memory: Memory,
+    hold: Option<Hold>,
     /// Its bytes if it is a submitted item's, else 0.
     submitted_bytes: u64,
+}
+
+/// Keeps a result's memory from being used again: for a handler in another language, whose views of it nobody can end.
+/// Late writes change at worst the bytes of the very result.
+#[derive(Clone, Debug, Default)]
+pub struct Hold(Arc<()>);
+
+impl Hold {
+    /// Whether somebody else has it, too. Not by the count alone: what the others did before they let go is over.
+    fn is_shared(&mut self) -> bool {
+        Arc::get_mut(&mut self.0).is_none()
+    }
 }
 
 /// How long a worker waits for room while none of its results is fetched.
@@ -68,6 +81,8 @@ pub(super) struct Output<'s> {
     arena: Partition,
     /// Results that the front may still look at, oldest first.
     results: VecDeque<Kept>,
+    /// Memory that is nobody's result any more, but held.
+    held: Vec<(Memory, Hold)>,
     /// Bytes of those that are submitted items', which may have to wait long for a subscriber.
     submitted_bytes: u64,
     /// Since when none of them was fetched while room was waited for.
@@ -89,7 +104,7 @@ impl<'s> Output<'s> {
                 let span = Span { offset: record.result_offset.load(Relaxed), len };
                 used.push(span);
                 let submitted_bytes = if request::is_submitted(record) { len } else { 0 };
-                results.push_back(Kept { index, word, memory: Memory::Inherited(span), submitted_bytes });
+                results.push_back(Kept { index, word, memory: Memory::Inherited(span), hold: None, submitted_bytes });
             }
         }
         Output {
@@ -100,6 +115,7 @@ impl<'s> Output<'s> {
             arena: Partition::around(geometry.result_bytes, geometry.items, used),
             submitted_bytes: results.iter().map(|kept| kept.submitted_bytes).sum(),
             results,
+            held: Vec::new(),
             standstill: None,
         }
     }
@@ -107,6 +123,9 @@ impl<'s> Output<'s> {
     /// Memory in the own partition for a result of an item. Waits a while for results that are in the way; not again for
     /// each item if none is fetched.
     fn allocate(&mut self, len: usize, submitted: bool) -> Result<Block, ReplyError> {
+        if !self.held.is_empty() {
+            self.give_back_held();
+        }
         // In order of completion is about the order of release: most of the time this finds all there is to find.
         while self.results.front().is_some_and(|kept| self.is_released(kept)) {
             self.reclaim(0);
@@ -139,13 +158,31 @@ impl<'s> Output<'s> {
         }
     }
 
+    /// Memory that nobody's result is in any more.
+    fn give_back(&mut self, memory: Memory, hold: Option<Hold>) {
+        if let Some(mut hold) = hold
+            && hold.is_shared()
+        {
+            self.held.push((memory, hold));
+        } else {
+            self.arena.give_back(memory);
+        }
+    }
+
+    #[cold]
+    fn give_back_held(&mut self) {
+        for (memory, hold) in std::mem::take(&mut self.held) {
+            self.give_back(memory, Some(hold));
+        }
+    }
+
     fn is_released(&self, kept: &Kept) -> bool {
         Word::load(&self.segment.item(kept.index).word) != kept.word
     }
 
     fn reclaim(&mut self, at: usize) {
         if let Some(kept) = self.results.remove(at) {
-            self.arena.give_back(kept.memory);
+            self.give_back(kept.memory, kept.hold);
             self.submitted_bytes -= kept.submitted_bytes;
             self.standstill = None;
         }
@@ -190,13 +227,14 @@ pub struct Reply<'w, 's> {
     most: usize,
     len: usize,
     block: Option<Block>,
+    hold: Option<Hold>,
 }
 
 impl<'w, 's> Reply<'w, 's> {
     /// An empty result of at most `most` bytes. `line` has room for a small one.
     #[inline(always)]
     pub(super) fn new(output: &'w mut Output<'s>, line: &'w mut Line, claimed: &Claimed<'_>, most: usize) -> Self {
-        Reply { output, line, submitted: request::is_submitted(claimed.record), most, len: 0, block: None }
+        Reply { output, line, submitted: request::is_submitted(claimed.record), most, len: 0, block: None, hold: None }
     }
 }
 
@@ -226,6 +264,13 @@ impl Reply<'_, '_> {
         self.reserve(len)?;
         self.len = len;
         Ok(self.bytes())
+    }
+
+    /// Keeps the memory that the result has now, if it is in the arena, until the hold is dropped and the result, too, needs
+    /// it no more.
+    pub fn hold(&mut self) -> Option<Hold> {
+        self.block.as_ref()?;
+        Some(self.hold.get_or_insert_default().clone())
     }
 
     /// Appends bytes.
@@ -295,7 +340,7 @@ impl Reply<'_, '_> {
                     new.copy_from_slice(bytes);
                 }
                 self.block = Some(block);
-                self.output.arena.free(old);
+                self.output.give_back(Memory::Own(old), self.hold.take());
             }
         }
         Some(())
@@ -312,7 +357,7 @@ impl Reply<'_, '_> {
 
     fn free_block(&mut self) {
         if let Some(old) = self.block.take() {
-            self.output.arena.free(old);
+            self.output.give_back(Memory::Own(old), self.hold.take());
         }
     }
 
@@ -337,14 +382,20 @@ impl Reply<'_, '_> {
             // It turned out small enough.
             let bytes = output.segment.read_result(output.number, block.offset(), self.len as u64);
             claimed.record.result.store(bytes.unwrap_or_default());
-            output.arena.free(block);
+            output.give_back(Memory::Own(block), self.hold.take());
             return;
         }
         claimed.record.result_offset.store(block.offset(), Relaxed);
         let submitted_bytes = if self.submitted { self.len as u64 } else { 0 };
         output.submitted_bytes += submitted_bytes;
         let word = claimed.word.with(Phase::Done, output.number);
-        output.results.push_back(Kept { index: claimed.index, word, memory: Memory::Own(block), submitted_bytes });
+        output.results.push_back(Kept {
+            index: claimed.index,
+            word,
+            memory: Memory::Own(block),
+            hold: self.hold.take(),
+            submitted_bytes,
+        });
     }
 }
 

@@ -31,6 +31,7 @@ mod inspect;
 mod layout;
 mod letters;
 mod owner;
+mod pins;
 mod record;
 
 use std::{
@@ -64,6 +65,7 @@ pub use layout::{
 };
 pub use letters::{Letter, LetterKey, LetterLog, Letters};
 pub use owner::SegmentOwner;
+pub use pins::Pin;
 pub use record::{INLINE, Inline, ItemRecord};
 
 use crate::{
@@ -73,6 +75,7 @@ use crate::{
     ring::{Consumer, Lane, Producer, returns},
 };
 use layout::{BLOCK, PAGE};
+use pins::Pins;
 
 /// Changes when the meaning of anything in the segment does.
 pub const ABI: u32 = 3;
@@ -242,6 +245,13 @@ pub struct Segment {
     /// Whose view this is, and whether the slot's one user has come.
     slot: Slot,
     occupied: AtomicBool,
+    pins: Pins,
+}
+
+impl Drop for Segment {
+    fn drop(&mut self) {
+        self.unmap_second();
+    }
 }
 
 // SAFETY: the mappings belong to the process, not to a thread; everything reachable through them by shared reference is
@@ -314,8 +324,8 @@ impl Segment {
             }
         };
         let items = control.slice::<ItemRecord>(layout.items, layout.geometry.items as usize).as_ptr();
-        let occupied = AtomicBool::new(false);
-        Ok(Segment { layout, control, letters, requests, results, results_at, items, slot, occupied })
+        let (occupied, pins) = (AtomicBool::new(false), Pins::default());
+        Ok(Segment { layout, control, letters, requests, results, results_at, items, slot, occupied, pins })
     }
 
     /// Whether the caller is the first to use this view's slot: there is one allocating process for a partition, and one
@@ -552,8 +562,9 @@ impl Segment {
         if u32::from(front) >= self.layout.geometry.fronts || offset.checked_add(len)? > bytes {
             return None;
         }
-        // SAFETY: the partition is inside the view, and offset + len is inside the partition.
-        Some(unsafe { view.map.as_mut_ptr().add((u64::from(front) * bytes + offset) as usize) })
+        let at = (u64::from(front) * bytes + offset) as usize;
+        // The partition is inside the view, and offset + len is inside the partition.
+        Some(self.pins.address(view.map.as_mut_ptr(), at, len as usize))
     }
 
     /// Where `len` bytes at `offset` of a worker's result partition are, if they are in it and it is mapped here.
