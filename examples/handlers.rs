@@ -18,7 +18,9 @@ use std::{
 
 use anyhow::Context as _;
 use clap::Parser;
-use forkring::{Code, Failure, Handler, Item, Pool, Reply, Server, config::Config, process::now};
+use forkring::{
+    Code, Failure, Handler, Item, Pool, Program, Reply, Server, config::Config, process::now, sdk::Attached,
+};
 
 /// Serve handlers that succeed, fail, panic and crash
 #[derive(Parser)]
@@ -27,11 +29,15 @@ struct Options {
     #[arg(long)]
     config: Option<PathBuf>,
 
+    /// Be a worker of the pool `program`, as whose worker the server starts us
+    #[arg(long, hide = true)]
+    worker: bool,
+
     /// The pools to serve; all of them if none is named
     pools: Vec<String>,
 }
 
-const POOLS: [&str; 15] = [
+const POOLS: [&str; 16] = [
     "fail",
     "panic",
     "big",
@@ -47,6 +53,7 @@ const POOLS: [&str; 15] = [
     "hog",
     "scribble",
     "trace",
+    "program",
 ];
 
 fn pool(name: &str) -> Option<Pool> {
@@ -66,6 +73,7 @@ fn pool(name: &str) -> Option<Pool> {
         "hog" => Pool::new(name, hog),
         "scribble" => Pool::new(name, scribble),
         "trace" => Pool::with_handler(name, Trace::default()),
+        "program" => Pool::program(name, Program::new("/proc/self/exe").args(["--worker"])),
         _ => return None,
     })
 }
@@ -293,6 +301,10 @@ fn text(bytes: &[u8]) -> Result<&str, Failure> {
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
     tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).with_ansi(false).init();
+    if options.worker {
+        // Any program can be a worker; this one has only to be told that it is.
+        return Ok(Attached::from_env()?.run(&mut hold)?);
+    }
     let config = options.config.as_deref().map_or_else(|| Ok(Config::default()), Config::from_file)?;
     let mut server = Server::from_config(config)?;
     let named: Vec<_> = options.pools.iter().map(String::as_str).collect();

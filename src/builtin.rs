@@ -28,7 +28,7 @@ pub enum Builtin {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum BuiltinError {
-    #[error("unknown handler `{0}`: there are echo, sha256, sleep:DURATION and exec:COMMAND")]
+    #[error("unknown handler `{0}`: there are echo, sha256, sleep:DURATION, exec:COMMAND and Python's MODULE:FUNCTION")]
     Unknown(String),
     #[error("`{0}` is no duration: write sleep:10ms or sleep:1.5s")]
     Duration(String),

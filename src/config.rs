@@ -11,7 +11,7 @@ use std::{
     fmt, fs,
     net::{Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
-    path::Path,
+    path::{Path, PathBuf},
     str::FromStr,
     thread,
     time::Duration,
@@ -92,9 +92,12 @@ pub struct Config {
     /// How long a client may take between two pieces of a message that it has begun to send. Default: 10 s.
     #[serde(deserialize_with = "units::duration")]
     pub body_timeout: Duration,
+    /// The interpreter of Python handlers; the package `forkring` must be installed there. Default: the one that
+    /// the program was installed for by pip, or `python3`.
+    pub python: Option<PathBuf>,
     /// How log lines look. Default: [`LogFormat::Text`].
     pub log: LogFormat,
-    /// The pools with a built-in handler. Default: none. In a file: `[[pool]]`.
+    /// The pools with a built-in or a Python handler. Default: none. In a file: `[[pool]]`.
     #[serde(rename = "pool")]
     pub pools: Vec<PoolSpec>,
 }
@@ -118,6 +121,7 @@ impl Default for Config {
             outbox: None,
             max_connections: 4096,
             body_timeout: Duration::from_secs(10),
+            python: None,
             log: LogFormat::Text,
             pools: Vec::new(),
         }
@@ -271,7 +275,7 @@ fn in_range(key: &'static str, value: u32, least: u32, most: u32) -> Result<(), 
     if (least..=most).contains(&value) { Ok(()) } else { Err(ConfigError::Range { key, value, least, most }) }
 }
 
-/// A pool with a built-in handler, written `NAME[:WORKERS]=HANDLER`. The handler is verbatim what follows the `=`.
+/// A pool with a built-in or a Python handler, written `NAME[:WORKERS]=HANDLER`. The handler is verbatim what follows the `=`.
 ///
 /// ```
 /// # use forkring::config::PoolSpec;
@@ -287,7 +291,7 @@ pub struct PoolSpec {
     /// How many workers it has; `None`: [`Config::workers`].
     #[serde(default)]
     pub workers: Option<u16>,
-    /// What its workers run: `echo`, `sha256`, `sleep:DURATION` or `exec:COMMAND…`.
+    /// What its workers run: `echo`, `sha256`, `sleep:DURATION`, `exec:COMMAND…`, or `MODULE:FUNCTION` in Python.
     pub handler: String,
     /// How long its workers may take for an item, 0 for as long as they like; `None`: [`Config::item_timeout`].
     #[serde(default, deserialize_with = "units::some_duration")]
@@ -387,6 +391,7 @@ mod tests {
             outbox = 10
             max_connections = 7
             body_timeout = "1.5s"
+            python = "/opt/python"
             log = "json"
 
             [[pool]]
@@ -417,6 +422,7 @@ mod tests {
             outbox: Some(10),
             max_connections: 7,
             body_timeout: Duration::from_millis(1500),
+            python: Some("/opt/python".into()),
             log: LogFormat::Json,
             pools: vec![
                 pools(&["hash:4=sha256"]).remove(0),

@@ -81,6 +81,13 @@ impl Bell {
     }
 }
 
+/// The bell of a descriptor that another process has made and handed on.
+impl From<OwnedFd> for Bell {
+    fn from(fd: OwnedFd) -> Self {
+        Bell(fd)
+    }
+}
+
 impl AsFd for Bell {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.0.as_fd()

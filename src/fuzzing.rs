@@ -12,5 +12,5 @@ pub fn command_line<'a>(arguments: impl Iterator<Item = &'a str>) -> Result<(), 
 
 /// Reads a result as a failure.
 pub fn failure(code: u32, bytes: &[u8]) {
-    Failure::from_result(code, bytes).into_parts();
+    Failure::from_result(code, bytes).code();
 }

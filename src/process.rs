@@ -11,7 +11,7 @@
 use std::{
     fs, io,
     os::{
-        fd::OwnedFd,
+        fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::process::{CommandExt, ExitStatusExt},
     },
     panic::{self, AssertUnwindSafe},
@@ -20,7 +20,7 @@ use std::{
 
 use nix::{sys::signal::SigSet, unistd::ForkResult};
 use rustix::{
-    io::Errno,
+    io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd},
     process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions},
 };
 
@@ -96,6 +96,15 @@ fn die_with(parent: Pid) -> io::Result<()> {
         die();
     }
     Ok(())
+}
+
+/// The same for a program that a supervisor has started: false if its parent is another.
+pub fn die_with_supervisor(supervisor: u32) -> io::Result<bool> {
+    let parent = rustix::process::getppid();
+    match parent.filter(|parent| parent.as_raw_nonzero().get().unsigned_abs() == supervisor) {
+        Some(parent) => die_with(parent).map(|()| true),
+        None => Ok(false),
+    }
 }
 
 /// SIGKILL to ourselves.
@@ -183,6 +192,34 @@ pub fn limit_memory(bytes: u64) -> io::Result<()> {
     Ok(rustix::process::setrlimit(Resource::Data, limit)?)
 }
 
+/// Replaces this process by a command, in which these descriptors are open under the numbers that they have here. Returns
+/// only if that fails.
+pub fn exec(command: &mut Command, inherited: &[&dyn AsFd]) -> io::Error {
+    let set = inherited.iter().try_for_each(|fd| fcntl_setfd(fd, FdFlags::empty()));
+    match set {
+        Ok(()) => command.exec(),
+        Err(error) => error.into(),
+    }
+}
+
+/// Takes a descriptor that [`exec`] has left open, and keeps it from being inherited further.
+pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
+    // The standard ones belong to the program.
+    if fd <= 2 {
+        return Err(Errno::BADF.into());
+    }
+    // SAFETY: a number above 2 is never the reserved one, and one that is not open is an error of the call.
+    let flags = fcntl_getfd(unsafe { BorrowedFd::borrow_raw(fd) })?;
+    // What this program has opened itself, or has taken here before, is CLOEXEC.
+    if flags.contains(FdFlags::CLOEXEC) {
+        return Err(Errno::BADF.into());
+    }
+    // SAFETY: it is open, and was inherited and not taken yet, as just checked, so nobody owns it.
+    let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+    fcntl_setfd(&fd, FdFlags::CLOEXEC)?;
+    Ok(fd)
+}
+
 /// Makes the allocator keep up to 8 MiB of what was freed. By default glibc returns buffers of more than 128 KiB to the
 /// kernel one by one, and HTTP/2 frames of that size then cost more in page faults than in copies.
 pub fn keep_freed_memory() {
@@ -242,6 +279,26 @@ mod tests {
         assert!(start_time(u32::MAX).is_err());
         let start = start_time(me).unwrap();
         assert!(lives(me, start) && !lives(me, start + 1) && !lives(u32::MAX, start));
+    }
+
+    #[test]
+    fn only_what_was_inherited_is_taken_and_once() {
+        let file = fs::File::open("/proc/self/stat").unwrap();
+        let fd = rustix::io::fcntl_dupfd_cloexec(&file, 3).unwrap();
+        let number = std::os::fd::AsRawFd::as_raw_fd(&fd);
+        assert!(inherited(number).is_err(), "it is our own");
+        fcntl_setfd(&fd, FdFlags::empty()).unwrap();
+        std::mem::forget(fd);
+        let taken = inherited(number).unwrap();
+        assert!(inherited(number).is_err(), "it was taken");
+        drop(taken);
+        assert!(inherited(number).is_err(), "it is closed");
+        assert!(inherited(1).is_err() && inherited(-1).is_err());
+    }
+
+    #[test]
+    fn another_parent_is_no_supervisor() {
+        assert!(!die_with_supervisor(std::process::id()).unwrap());
     }
 
     #[test]

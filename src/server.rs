@@ -3,6 +3,7 @@
 use std::{
     io,
     net::{SocketAddr, TcpListener},
+    path::Path,
     time::Duration,
 };
 
@@ -13,8 +14,9 @@ use crate::{
     config::{ByteSize, Config, ConfigError, PoolSpec},
     handler::{Failure, Handler, Item, Reply},
     process::{self, ForkError},
+    program::Program,
     segment::{Geometry, SegmentError, SegmentOwner},
-    supervisor::{PoolPlan, Signals, Supervisor, SupervisorError},
+    supervisor::{PoolPlan, Signals, Supervisor, SupervisorError, Work},
 };
 
 /// Connections that wait in the kernel until the front accepts them, as they do while it is restarted.
@@ -28,6 +30,10 @@ pub enum ServerError {
     Config(#[from] ConfigError),
     #[error("pool `{pool}`: {error}")]
     Handler { pool: String, error: BuiltinError },
+    #[error("pool `{pool}`: `{program}` cannot be run: {error}")]
+    Program { pool: String, program: String, error: io::Error },
+    #[error("pool `{pool}` cannot run `{handler}`: the reason is in the lines above")]
+    Check { pool: String, handler: String },
     #[error("two pools are named `{0}`: give each its own name")]
     DuplicatePool(String),
     #[error("there is no pool: give at least one, as in --pool hash=sha256")]
@@ -55,7 +61,7 @@ pub struct Pool {
     workers: Option<u16>,
     item_timeout: Option<Duration>,
     worker_memory: Option<ByteSize>,
-    handler: Box<dyn Handler>,
+    work: Work,
 }
 
 impl Pool {
@@ -69,7 +75,16 @@ impl Pool {
 
     /// The same for a type that implements [`Handler`].
     pub fn with_handler(name: impl Into<String>, handler: impl Handler + 'static) -> Self {
-        Pool { name: name.into(), workers: None, item_timeout: None, worker_memory: None, handler: Box::new(handler) }
+        Pool::of(name.into(), Work::Handler(Box::new(handler)))
+    }
+
+    /// A pool whose workers are another program, which attaches by [`sdk`](crate::sdk).
+    pub fn program(name: impl Into<String>, program: Program) -> Self {
+        Pool::of(name.into(), Work::Program(program))
+    }
+
+    fn of(name: String, work: Work) -> Self {
+        Pool { name, workers: None, item_timeout: None, worker_memory: None, work }
     }
 
     /// How many workers; by default [`Config::workers`], one for each core.
@@ -129,9 +144,14 @@ impl Server {
     /// A server with these settings, and the pools that they name.
     pub fn from_config(config: Config) -> Result<Self, ServerError> {
         let pools = config.pools.iter().map(|spec| {
-            let handler: Builtin =
-                spec.handler.parse().map_err(|error| ServerError::Handler { pool: spec.name.clone(), error })?;
-            let pool = Pool::with_handler(&spec.name, handler);
+            let python = config.python.as_deref().unwrap_or(Path::new("python3"));
+            let pool = match spec.handler.parse::<Builtin>() {
+                Ok(builtin) => Pool::with_handler(&spec.name, builtin),
+                Err(error) => match Program::python(python, &spec.handler) {
+                    Some(program) if matches!(error, BuiltinError::Unknown(_)) => Pool::program(&spec.name, program),
+                    _ => return Err(ServerError::Handler { pool: spec.name.clone(), error }),
+                },
+            };
             let PoolSpec { workers, item_timeout, worker_memory, .. } = *spec;
             Ok(Pool { workers, item_timeout, worker_memory, ..pool })
         });
@@ -178,7 +198,10 @@ impl Server {
                 workers: pool.workers,
                 item_timeout: pool.item_timeout,
                 worker_memory: pool.worker_memory,
-                handler: "closure".to_owned(),
+                handler: match &pool.work {
+                    Work::Handler(_) => "closure".to_owned(),
+                    Work::Program(program) => program.to_string(),
+                },
             };
             self.config.pools.push(spec);
         }
@@ -186,11 +209,14 @@ impl Server {
             return Err(ServerError::NoPool);
         }
         self.config.validate()?;
+        for pool in &self.pools {
+            check(pool)?;
+        }
         let config = &self.config;
         let pools = self.pools.into_iter().zip(&config.pools).map(|(pool, spec)| PoolPlan {
             name: pool.name,
             workers: config.workers_of(spec),
-            handler: pool.handler,
+            work: pool.work,
             item_timeout: config.item_timeout_of(spec),
             memory: config.worker_memory_of(spec).map(ByteSize::bytes),
         });
@@ -236,6 +262,19 @@ impl BoundServer {
     /// Serves until SIGTERM or SIGINT has drained it.
     pub fn run(self) -> Result<(), ServerError> {
         Ok(self.supervisor.run(&self.signals)?)
+    }
+}
+
+/// What is wrong with a pool's program is said before there is a port that clients could reach.
+fn check(pool: &Pool) -> Result<(), ServerError> {
+    let Work::Program(program) = &pool.work else { return Ok(()) };
+    match program.check() {
+        Ok(status) if status.is_none_or(|status| status.success()) => Ok(()),
+        Ok(_) => Err(ServerError::Check { pool: pool.name.clone(), handler: program.to_string() }),
+        Err(error) => {
+            let program = program.name().display().to_string();
+            Err(ServerError::Program { pool: pool.name.clone(), program, error })
+        }
     }
 }
 

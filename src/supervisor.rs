@@ -14,12 +14,12 @@
 //! Children block both signals: a Ctrl-C goes to the whole process group, and only the supervisor may decide.
 
 mod crash_loop;
-mod overdue;
+pub(crate) mod overdue;
 
 use std::{
     io,
     net::TcpListener,
-    os::fd::{AsFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd},
     os::unix::process::ExitStatusExt,
     process::ExitStatus,
     sync::Arc,
@@ -38,16 +38,18 @@ use tonic::Code;
 
 use crate::{
     config::Config,
+    contract::Contract,
     crash_point::crash_point,
     dispatch::{self, Bells, DeadLetters, Death, Failure, Front, Left, Topology, Worker, sweep_front, sweep_worker},
     front,
     handler::Handler,
     process::{self, Child, ForkError},
+    program::Program,
     segment::{Liveness, Segment, SegmentError, SegmentOwner, Slot, Stage},
     worker,
 };
 use crash_loop::{Record, Verdicts};
-use overdue::{Timed, Watch};
+use overdue::{ItemTimer, Timed, Watch};
 
 const FORK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -76,12 +78,20 @@ pub struct PoolPlan {
     pub name: String,
     /// Workers.
     pub workers: u16,
-    /// What they run; each worker gets its copy by fork.
-    pub handler: Box<dyn Handler>,
+    /// What they run.
+    pub work: Work,
     /// How long a worker may take for an item.
     pub item_timeout: Option<Duration>,
     /// How many bytes of memory a worker may have.
     pub memory: Option<u64>,
+}
+
+/// What the workers of a pool run.
+pub enum Work {
+    /// A closure of this program; each worker gets its copy by fork.
+    Handler(Box<dyn Handler>),
+    /// Another program; each worker is replaced by it.
+    Program(Program),
 }
 
 /// SIGTERM and SIGINT, which from now on wait to be read instead of ending the process. Dropping it gives them back
@@ -244,10 +254,39 @@ impl Supervisor {
         let Supervisor { config, owner, topology, bells, listener, pools, seats, watch, is_open, .. } = self;
         seats[at].restart_at = None;
         let Seat { slot, ref name, .. } = seats[at];
+        let supervisor = std::process::id();
         let child = process::fork(&name.clone(), || {
             owner.disown();
             // The others are not its children.
             seats.iter_mut().for_each(|seat| seat.child = None);
+            if let Slot::Worker(number) = slot
+                && let Some(pool) = topology.pool_of(number)
+                && let PoolPlan { work: Work::Program(program), memory, .. } = &pools[usize::from(pool)]
+            {
+                let layout = owner.layout();
+                let (front_bells, worker_bells, end_bell) = bells.numbers();
+                let timer = watch.timer(number);
+                let contract = Contract {
+                    segment: owner.object().as_raw_fd(),
+                    front_bells,
+                    worker_bells,
+                    end_bell,
+                    item_timer: timer.map(ItemTimer::to_parts),
+                    is_open: *is_open,
+                    spin: config.spin.to_string(),
+                    max_message: config.max_message.bytes(),
+                    ..Contract::new(supervisor, owner.name(), number, topology.counts(), layout)
+                };
+                let object: &dyn AsFd = owner.object();
+                let timer = timer.map(|timer| timer as &dyn AsFd);
+                let inherited: Vec<_> = bells.fds().chain([object]).chain(timer).collect();
+                let error = match memory.map_or(Ok(()), process::limit_memory) {
+                    Ok(()) => program.exec(&contract, &inherited),
+                    Err(error) => error,
+                };
+                tracing::error!(%error, program = %program.name().display(), "cannot run a worker's program");
+                return EXIT_HOPELESS;
+            }
             let segment = match Segment::attach_by(*owner.layout(), owner.object(), owner.name(), slot) {
                 // For as long as the process lives.
                 Ok(segment) => &*Box::leak(Box::new(segment)),
@@ -268,10 +307,14 @@ impl Supervisor {
                     crash_point!("worker.attached");
                     let pool = &mut pools[topology.pool_of(number).map_or(0, usize::from)];
                     let most = config.max_message.bytes() as usize;
+                    let Work::Handler(handler) = &mut pool.work else {
+                        // It has become another program above.
+                        return EXIT_HOPELESS;
+                    };
                     pool.memory.map_or(Ok(()), process::limit_memory).and_then(|()| match watch.timer(number) {
-                        None => worker::run(&mut worker, &mut *pool.handler, config.spin, most),
+                        None => worker::run(&mut worker, &mut **handler, config.spin, most),
                         Some(timer) => {
-                            let mut timed = Timed::new(&mut *pool.handler, timer);
+                            let mut timed = Timed::new(&mut **handler, timer);
                             worker::run(&mut worker, &mut timed, config.spin, most)
                         }
                     })

@@ -42,7 +42,7 @@ fn a_flag_that_means_nothing_is_refused() {
             (&["--pool", echo, "--grace", "soon"], "`soon` is not a duration"),
             (&["--pool", echo, "--workers", "0"], "workers is 0"),
             (&["--pool", echo, "--name", "a/b"], "`a/b` is not a server name"),
-            (&["--pool", echo, "extra"], "unexpected argument 'extra'"),
+            (&["--pool", echo, "extra"], "`extra` is no handler in Python"),
             (&["--pool", "echo"], "give NAME[:WORKERS]=HANDLER"),
             (&["--pool", "echo:many=echo"], "give NAME[:WORKERS]=HANDLER"),
             (&["--pool", "a=echo", "--pool", "a=sha256"], "pool a is there twice"),

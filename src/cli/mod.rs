@@ -19,6 +19,7 @@ use std::{
     env,
     ffi::OsString,
     io::{self, Write as _},
+    path::PathBuf,
     process::ExitCode,
 };
 
@@ -66,13 +67,18 @@ enum Command {
 
 /// Runs the command that the process was started with.
 pub fn main() -> ExitCode {
-    let arguments: Vec<OsString> = env::args_os().collect();
+    ExitCode::from(run(env::args_os().collect(), None))
+}
+
+/// Runs a command; the first argument is the program's name. Handlers in Python run in `python` unless the command says
+/// otherwise. The result is the exit code.
+pub fn run(arguments: Vec<OsString>, python: Option<PathBuf>) -> u8 {
     let cli = match Cli::try_parse_from(&arguments) {
         Ok(cli) => cli,
         Err(error) => return refuse(&error, &arguments),
     };
     let outcome = match cli.command {
-        Command::Serve(args) => serve::run(*args),
+        Command::Serve(args) => serve::run(*args, python),
         Command::Call(args) => call::run(args),
         Command::Submit(args) => submit::run(args),
         Command::Updates(args) => updates::run(args),
@@ -82,12 +88,12 @@ pub fn main() -> ExitCode {
         Command::Bench(args) => bench::run(args),
     };
     match outcome {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(()) => 0,
         // `forkring updates | head -1`: the reader has what it wanted.
-        Err(error) if error.is::<StdoutClosed>() => ExitCode::SUCCESS,
+        Err(error) if error.is::<StdoutClosed>() => 0,
         Err(error) => {
             say(format_args!("{error:#}"));
-            ExitCode::from(exit_code(&error))
+            exit_code(&error)
         }
     }
 }
@@ -158,19 +164,19 @@ fn block_on<T>(future: impl Future<Output = anyhow::Result<T>>) -> anyhow::Resul
 }
 
 /// Answers what clap could not parse: help in full, anything else in one line.
-fn refuse(error: &clap::Error, arguments: &[OsString]) -> ExitCode {
+fn refuse(error: &clap::Error, arguments: &[OsString]) -> u8 {
     match error.kind() {
         ErrorKind::DisplayHelp | ErrorKind::DisplayVersion => {
             let _ = error.print();
-            ExitCode::SUCCESS
+            0
         }
         ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
             let _ = error.print();
-            ExitCode::from(2)
+            2
         }
         _ => {
             say(usage_line(error, arguments));
-            ExitCode::from(2)
+            2
         }
     }
 }

@@ -36,9 +36,11 @@ Handlers:
   sha256            the result is the item's SHA-256 digest, 32 bytes
   sleep:DURATION    the item is the result, later (for load tests)
   exec:COMMAND...   the item on the stdin of a fresh process, its stdout the result
+  MODULE:FUNCTION   a function or class in Python, also as FILE.py:FUNCTION
 
 Examples:
   forkring serve --pool hash:4=sha256
+  forkring serve app:handle --workers 4
   forkring serve --pool hash=sha256 --pool 'count=exec:wc -c' --listen 0.0.0.0:50051
   FORKRING_POOLS='hash:4=sha256' forkring serve
   forkring serve --config forkring.toml
@@ -57,6 +59,10 @@ FORKRING_LOG chooses the log lines: error, warn, info (the default), debug, trac
 SIGTERM and SIGINT drain: what was accepted is finished; a second one ends at once.
 What a server that was killed had accepted for subscribers, the next of its name and settings finishes (or see --fresh).")]
 pub struct ServeArgs {
+    /// A handler in Python; its pool has the function's name
+    #[arg(value_name = "MODULE:FUNCTION")]
+    app: Option<String>,
+
     /// Where to serve gRPC; port 0 takes a free one [default: 127.0.0.1:50051]
     #[arg(long, env = "FORKRING_LISTEN", value_name = "IP:PORT", value_parser = parse_listen)]
     listen: Option<SocketAddr>,
@@ -130,6 +136,10 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_BODY_TIMEOUT", value_name = "DURATION", value_parser = parse_duration)]
     body_timeout: Option<Duration>,
 
+    /// The interpreter of Python handlers [default: the one of `forkring`, if it was installed by pip, or else python3]
+    #[arg(long, env = "FORKRING_PYTHON", value_name = "FILE")]
+    python: Option<PathBuf>,
+
     /// How log lines look: text or json [default: text]
     #[arg(long, env = "FORKRING_LOG_FORMAT", value_name = "FORMAT")]
     log: Option<LogFormat>,
@@ -140,11 +150,12 @@ pub struct ServeArgs {
 }
 
 /// Serves until drained.
-pub fn run(mut args: ServeArgs) -> anyhow::Result<()> {
+pub fn run(mut args: ServeArgs, python: Option<PathBuf>) -> anyhow::Result<()> {
     if let Some(parent) = args.parent.take() {
         end_with(parent)?;
     }
-    let config = args.into_config(variable(POOLS)?.as_deref())?;
+    let mut config = args.into_config(variable(POOLS)?.as_deref())?;
+    config.python = config.python.or(python);
     log_to_stderr(config.log, variable(FILTER)?.as_deref())?;
     let server = Server::from_config(config)?.bind()?;
     // For whoever started this with port 0. It may have no interest and have closed its end.
@@ -155,7 +166,7 @@ pub fn run(mut args: ServeArgs) -> anyhow::Result<()> {
 
 impl ServeArgs {
     /// The file, or the defaults, with these laid over it.
-    fn into_config(self, pools: Option<&str>) -> anyhow::Result<Config> {
+    fn into_config(mut self, pools: Option<&str>) -> anyhow::Result<Config> {
         let mut config = self.config.as_deref().map_or_else(|| Ok(Config::default()), Config::from_file)?;
         lay(self.listen, &mut config.listen);
         lay(self.name, &mut config.name);
@@ -171,7 +182,13 @@ impl ServeArgs {
         lay(self.outbox.map(Some), &mut config.outbox);
         lay(self.max_connections, &mut config.max_connections);
         lay(self.body_timeout, &mut config.body_timeout);
+        lay(self.python.map(Some), &mut config.python);
         lay(self.log, &mut config.log);
+        if let Some(handler) = self.app {
+            let pool = handler.rsplit_once([':', '.']).and_then(|(_, name)| format!("{name}={handler}").parse().ok());
+            let refusal = || BadUsage(format!("`{handler}` is no handler in Python: write MODULE:FUNCTION"));
+            self.pool.push(pool.ok_or_else(refusal)?);
+        }
         let environment = || pools.unwrap_or_default().lines().filter(|line| !line.trim().is_empty());
         if !self.pool.is_empty() {
             config.pools = self.pool;
@@ -286,14 +303,16 @@ mod tests {
             outbox: Some(6),
             max_connections: 8,
             body_timeout: Duration::from_secs(2),
+            python: Some("/p".into()),
             log: LogFormat::Json,
-            pools: vec![pool("a=echo")],
+            pools: vec![pool("a=echo"), pool("handle=app:handle")],
         };
         let args = ServeArgs {
+            app: Some("app:handle".into()),
             listen: Some(wanted.listen),
             name: Some(wanted.name.clone()),
             fresh: Some(true),
-            pool: wanted.pools.clone(),
+            pool: vec![pool("a=echo")],
             workers: Some(5),
             capacity: Some(7),
             arena: Some(wanted.arena),
@@ -308,6 +327,7 @@ mod tests {
             outbox: Some(6),
             max_connections: Some(8),
             body_timeout: Some(wanted.body_timeout),
+            python: Some("/p".into()),
             log: Some(LogFormat::Json),
             parent: None,
         };

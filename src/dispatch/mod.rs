@@ -43,7 +43,10 @@ pub use sweep::{Swept, sweep_front, sweep_worker};
 pub use word::{Phase, SUPERVISOR, Word};
 pub use worker::{Claimed, Item, Worker};
 
-use std::sync::Arc;
+use std::{
+    os::fd::{AsFd, AsRawFd, OwnedFd, RawFd},
+    sync::Arc,
+};
 
 use crate::{
     crash_point::crash_point,
@@ -79,13 +82,18 @@ impl Topology {
         self.pools.len() as u16
     }
 
+    /// How many workers each pool has.
+    pub(crate) fn counts(&self) -> Vec<u16> {
+        self.pools.iter().map(|(_, count)| *count).collect()
+    }
+
     /// The pool of a worker.
     pub fn pool_of(&self, worker: u16) -> Option<u16> {
         self.pools.iter().position(|(first, count)| (*first..first + count).contains(&worker)).map(|pool| pool as u16)
     }
 }
 
-/// The bells of all participants, inherited over fork.
+/// The bells of all participants, inherited over fork and, by number, over exec.
 #[derive(Debug)]
 pub struct Bells {
     fronts: Vec<Bell>,
@@ -101,6 +109,28 @@ impl Bells {
             workers: (0..workers).map(|_| Bell::blocking()).collect::<Result<_, _>>()?,
             end: Bell::pollable()?,
         }))
+    }
+
+    /// Those that were inherited.
+    pub(crate) fn of(fronts: Vec<OwnedFd>, workers: Vec<OwnedFd>, end: OwnedFd) -> Arc<Self> {
+        let bells = |fds: Vec<OwnedFd>| fds.into_iter().map(Bell::from).collect();
+        Arc::new(Bells { fronts: bells(fronts), workers: bells(workers), end: end.into() })
+    }
+
+    /// How many fronts and workers there are.
+    pub(crate) fn counts(&self) -> (u32, u32) {
+        (self.fronts.len() as u32, self.workers.len() as u32)
+    }
+
+    /// The numbers of the fronts' and the workers' descriptors, and of the one that tells of the end.
+    pub(crate) fn numbers(&self) -> (Vec<RawFd>, Vec<RawFd>, RawFd) {
+        let numbers = |bells: &[Bell]| bells.iter().map(AsRawFd::as_raw_fd).collect();
+        (numbers(&self.fronts), numbers(&self.workers), self.end.as_raw_fd())
+    }
+
+    /// All descriptors.
+    pub(crate) fn fds(&self) -> impl Iterator<Item = &dyn AsFd> {
+        self.fronts.iter().chain(&self.workers).chain([&self.end]).map(|bell| bell as &dyn AsFd)
     }
 
     /// A front's.

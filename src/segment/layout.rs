@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use serde::{Deserialize, Serialize};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::{SegmentError, letters::Entry};
@@ -36,7 +37,10 @@ pub(super) const BLOCK: u64 = 128;
 pub(super) const PAGE: u64 = 4096;
 
 /// How many of everything a segment has.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, KnownLayout, Immutable, Serialize, Deserialize,
+)]
+#[serde(deny_unknown_fields)]
 #[repr(C)]
 pub struct Geometry {
     /// Item records. Each front allocates from an equal share of them.
@@ -172,7 +176,7 @@ impl Layout {
     }
 
     /// A number that differs when the offsets do: two programs that agree on it agree on where things are.
-    pub(super) fn hash(&self) -> u64 {
+    pub fn hash(&self) -> u64 {
         let parts = [
             self.pools,
             self.registry,

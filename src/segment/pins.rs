@@ -181,8 +181,15 @@ mod tests {
     const BYTES: u64 = 1 << 16;
 
     fn segments(test: &str) -> (SegmentOwner, Segment, Segment) {
-        let geometry =
-            Geometry { items: 8, fronts: 1, workers: 1, pools: 1, request_bytes: BYTES, result_bytes: BYTES };
+        let geometry = Geometry {
+            items: 8,
+            fronts: 1,
+            workers: 1,
+            pools: 1,
+            request_bytes: BYTES,
+            result_bytes: BYTES,
+            letter_bytes: 0,
+        };
         let name = format!("unit-pin-{test}-{}", std::process::id());
         let owner = SegmentOwner::create(&name, geometry).expect("a segment");
         let front = Segment::attach(owner.object(), &name, Slot::Front(0)).expect("a front");

@@ -24,7 +24,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
     time::{Duration, Instant},
 };
 
@@ -62,6 +62,16 @@ impl ItemTimer {
         Ok(ItemTimer { fd, limit })
     }
 
+    /// One that a supervisor has made for this process.
+    pub fn of(fd: OwnedFd, limit: Duration) -> Self {
+        ItemTimer { fd, limit }
+    }
+
+    /// The number of its descriptor and its nanoseconds, for [`ItemTimer::of`] in a worker's program.
+    pub fn to_parts(&self) -> (RawFd, u64) {
+        (self.fd.as_raw_fd(), u64::try_from(self.limit.as_nanos()).unwrap_or(u64::MAX))
+    }
+
     fn set(&self, number: u32) {
         let number = u64::from(number);
         let it_value = Timespec {
@@ -88,6 +98,12 @@ impl ItemTimer {
         let readable = poll(&mut [PollFd::new(&self.fd, PollFlags::IN)], Some(&NEVER)) == Ok(1);
         // Had it been set again in between, it would be another's expiry that was seen.
         (readable && number() == Some(before)).then_some(before)
+    }
+}
+
+impl AsFd for ItemTimer {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.fd.as_fd()
     }
 }
 

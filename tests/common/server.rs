@@ -271,7 +271,7 @@ impl Drop for Server {
 }
 
 /// An example's program: `cargo test` builds them, next to the tests' own.
-fn example(name: &str) -> PathBuf {
+pub fn example(name: &str) -> PathBuf {
     let program = Path::new(env!("CARGO_BIN_EXE_forkring")).with_file_name("examples").join(name);
     assert!(program.exists(), "no {}: build it with `cargo build --examples`", program.display());
     program

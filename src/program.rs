@@ -1,0 +1,129 @@
+//! Worker programs: what a pool runs instead of a closure. Each worker is forked and then replaced by the program, which
+//! attaches through [`sdk`](crate::sdk) or speaks the same protocol in its own way.
+
+use std::{
+    ffi::{OsStr, OsString},
+    fmt, io,
+    os::fd::AsFd,
+    path::Path,
+    process::{Command, ExitStatus, Stdio},
+};
+
+use crate::{
+    contract::{self, Contract},
+    process,
+};
+
+/// A command that becomes a worker.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Program {
+    program: OsString,
+    arguments: Vec<OsString>,
+    check: Option<Vec<OsString>>,
+}
+
+impl Program {
+    /// A program, looked up in PATH if it is a bare name.
+    pub fn new(program: impl Into<OsString>) -> Self {
+        Program { program: program.into(), arguments: Vec::new(), check: None }
+    }
+
+    /// What it is started with.
+    pub fn args(mut self, arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        self.arguments = arguments.into_iter().map(Into::into).collect();
+        self
+    }
+
+    /// What it is started with once before the server takes its port: it should say on stderr what is wrong with it and
+    /// exit, with 0 if nothing is.
+    pub fn checked_with(mut self, arguments: impl IntoIterator<Item = impl Into<OsString>>) -> Self {
+        self.check = Some(arguments.into_iter().map(Into::into).collect());
+        self
+    }
+
+    /// A handler in Python, `module:attribute` or `file.py:attribute`; none if the text is no such thing.
+    pub fn python(interpreter: &Path, handler: &str) -> Option<Self> {
+        is_python(handler).then(|| {
+            let arguments = |more: &[&'static str]| {
+                let all = ["-m", "forkring._worker"].iter().chain(more).map(OsString::from);
+                all.chain([handler.into()]).collect::<Vec<_>>()
+            };
+            Program::new(interpreter).args(arguments(&[])).checked_with(arguments(&["--check"]))
+        })
+    }
+
+    /// The program's name, for messages.
+    pub(crate) fn name(&self) -> &OsStr {
+        &self.program
+    }
+
+    /// Runs the check, if there is one.
+    pub(crate) fn check(&self) -> io::Result<Option<ExitStatus>> {
+        let Some(arguments) = &self.check else { return Ok(None) };
+        // What it prints must not get between what the server prints.
+        let status = Command::new(&self.program).args(arguments).stdin(Stdio::null()).stdout(io::stderr()).status();
+        status.map(Some)
+    }
+
+    /// Becomes the program, in a child that has nothing to lose. Returns only if that fails.
+    pub(crate) fn exec(&self, contract: &Contract, inherited: &[&dyn AsFd]) -> io::Error {
+        let text = match contract.to_text() {
+            Ok(text) => text,
+            Err(error) => return error.into(),
+        };
+        let mut command = Command::new(&self.program);
+        process::exec(command.args(&self.arguments).env(contract::VARIABLE, text), inherited)
+    }
+}
+
+/// The words of its command line that say what it is: the last one names a Python handler.
+impl fmt::Display for Program {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}", self.arguments.last().unwrap_or(&self.program).display())
+    }
+}
+
+/// Whether a handler's text names one in Python.
+fn is_python(text: &str) -> bool {
+    let is_path = |text: &str| text.split('.').all(is_identifier);
+    text.rsplit_once(':').is_some_and(|(module, attribute)| {
+        is_path(attribute) && (is_path(module) || module.len() > 3 && module.ends_with(".py"))
+    })
+}
+
+/// As Python has it, nearly: Python itself will know.
+fn is_identifier(text: &str) -> bool {
+    let mut chars = text.chars();
+    chars.next().is_some_and(|first| first == '_' || first.is_alphabetic())
+        && chars.all(|c| c == '_' || c.is_alphanumeric())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn python_handlers_are_told_from_others() {
+        for text in ["app:handle", "my.pack_age:Model", "a1:b.c", "ärger:über", "dir/app.py:handle", "/a b/c:d.py:x"]
+        {
+            assert!(is_python(text), "{text}");
+        }
+        for text in
+            ["app", "app:", ":handle", "app:handle()", "app.:x", "1app:x", "app:1", "a b:c", ".py:x", "dir/app:x"]
+        {
+            assert!(!is_python(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_check_is_run_and_its_status_told() {
+        let code = |script: &str| {
+            let program = Program::new("sh").checked_with(["-c", script]);
+            program.check().expect("a shell").and_then(|status| status.code())
+        };
+        assert_eq!(code("exit 0"), Some(0));
+        assert_eq!(code("exit 3"), Some(3));
+        assert_eq!(Program::new("sh").check().expect("nothing to run"), None);
+        assert!(Program::new("/no/such").checked_with(["x"]).check().is_err());
+    }
+}
