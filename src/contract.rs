@@ -26,6 +26,8 @@ pub(crate) struct Contract {
     pub name: String,
     /// The worker's number, over all pools.
     pub worker: u16,
+    /// Its pool's name.
+    pub pool: String,
     /// How many workers each pool has.
     pub pools: Vec<u16>,
     /// Of the segment: neither its header nor anything else in it is believed, for it may have been written over.
@@ -59,13 +61,14 @@ pub enum ContractError {
 }
 
 impl Contract {
-    /// With no descriptors yet.
+    /// With no pool and no descriptors yet.
     pub fn new(supervisor: u32, name: &str, worker: u16, pools: Vec<u16>, layout: &Layout) -> Self {
         Contract {
             version: VERSION,
             supervisor,
             name: name.to_owned(),
             worker,
+            pool: String::new(),
             pools,
             abi: ABI,
             layout: layout.hash(),
@@ -118,6 +121,7 @@ mod tests {
         };
         let layout = Layout::of(geometry).expect("a layout");
         Contract {
+            pool: "hash".to_owned(),
             segment: 3,
             front_bells: vec![4],
             worker_bells: vec![5, 6],

@@ -64,6 +64,8 @@ pub enum AttachError {
 pub struct Attached {
     worker: Worker<'static>,
     item_timer: Option<ItemTimer>,
+    segment: &'static Segment,
+    pool: String,
     spin: Spin,
     max_message: usize,
 }
@@ -112,12 +114,22 @@ impl Attached {
         }
         let worker = Worker::attach(segment, topology, bells, contract.worker).ok_or(AttachError::Mismatch)?;
         let max_message = usize::try_from(contract.max_message).map_err(|_| AttachError::Mismatch)?;
-        Ok(Attached { worker, item_timer, spin, max_message })
+        Ok(Attached { worker, item_timer, segment, pool: contract.pool, spin, max_message })
     }
 
     /// The worker's number, from 0, over all pools.
     pub fn number(&self) -> u16 {
         self.worker.number()
+    }
+
+    /// The name of the worker's pool.
+    pub fn pool(&self) -> &str {
+        &self.pool
+    }
+
+    /// The segment, for [pins](Segment::pin).
+    pub fn segment(&self) -> &'static Segment {
+        self.segment
     }
 
     /// Handles items until the server stops.

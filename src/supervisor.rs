@@ -261,7 +261,7 @@ impl Supervisor {
             seats.iter_mut().for_each(|seat| seat.child = None);
             if let Slot::Worker(number) = slot
                 && let Some(pool) = topology.pool_of(number)
-                && let PoolPlan { work: Work::Program(program), memory, .. } = &pools[usize::from(pool)]
+                && let PoolPlan { name, work: Work::Program(program), memory, .. } = &pools[usize::from(pool)]
             {
                 let layout = owner.layout();
                 let (front_bells, worker_bells, end_bell) = bells.numbers();
@@ -275,6 +275,7 @@ impl Supervisor {
                     is_open: *is_open,
                     spin: config.spin.to_string(),
                     max_message: config.max_message.bytes(),
+                    pool: name.clone(),
                     ..Contract::new(supervisor, owner.name(), number, topology.counts(), layout)
                 };
                 let object: &dyn AsFd = owner.object();

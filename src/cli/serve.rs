@@ -253,10 +253,11 @@ fn log_to_stderr(format: LogFormat, filter: Option<&str>) -> anyhow::Result<()> 
     // It would say on stderr that stderr cannot be written to, and panic because that cannot be said.
     let lines = lines.log_internal_errors(false);
     match format {
-        LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).init(),
-        LogFormat::Json => lines.json().flatten_event(true).init(),
+        LogFormat::Text => lines.with_ansi(io::stderr().is_terminal()).try_init(),
+        LogFormat::Json => lines.json().flatten_event(true).try_init(),
     }
-    Ok(())
+    // A program that serves for the second time has its log already.
+    .or(Ok(()))
 }
 
 #[cfg(test)]

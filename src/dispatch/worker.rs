@@ -96,6 +96,12 @@ impl Item<'_> {
         metadata::pairs(&self.metadata)
     }
 
+    /// When the item expires, on the clock that [`now`] reads; none: never.
+    pub fn deadline(&self) -> Option<Duration> {
+        let deadline = self.claimed.deadline();
+        (deadline != 0).then(|| Duration::from_nanos(deadline))
+    }
+
     /// How much time is left; none: as much as it takes.
     pub fn remaining(&self) -> Option<Duration> {
         let deadline = self.claimed.deadline();

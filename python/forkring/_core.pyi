@@ -1,0 +1,64 @@
+from collections.abc import Callable, Sequence
+from os import PathLike
+from typing import Any, final
+
+from typing_extensions import Buffer
+
+@final
+class Payload(Buffer):
+    """What a client sent: read-only bytes for whatever takes a buffer."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __len__(self) -> int: ...
+    def __bytes__(self) -> bytes: ...
+    def __getitem__(self, index: int | slice, /) -> Any: ...
+
+@final
+class Reply(Buffer):
+    """Where a handler writes its result in place: writable bytes for whatever takes a buffer."""
+
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    def __len__(self) -> int: ...
+
+@final
+class Item:
+    """One unit of work."""
+
+    @property
+    def id(self) -> int:
+        """The id that the client gave the item."""
+    @property
+    def attempt(self) -> int:
+        """1 unless earlier workers died of it."""
+    @property
+    def deadline(self) -> float | None:
+        """When it expires, on the clock of `time.monotonic()`; None: never."""
+    @property
+    def pool(self) -> str:
+        """The name of the worker's pool."""
+    @property
+    def payload(self) -> Payload:
+        """What the client sent."""
+    @property
+    def metadata(self) -> dict[str, str]:
+        """What the client sent beside the payload."""
+    @property
+    def cancelled(self) -> bool:
+        """Whether nobody waits for the result any more. A handler that takes long does well to ask now and then."""
+    def remaining(self) -> float | None:
+        """How many seconds are left until the deadline; None: as many as it takes."""
+    def numpy(self, dtype: Any = None, shape: int | Sequence[int] | None = None) -> Any:
+        """The payload as a read-only NumPy array, with no copy. Of bytes, unless `dtype` says otherwise."""
+    def reply(self, nbytes: int) -> Reply:
+        """Memory for a result of so many bytes, all zero.
+
+        It, or a view of it, or None for all of it, is what the handler then returns, and is sent with no copy.
+        """
+
+def late_views() -> int:
+    """How many payloads of this worker were kept after their handlers had returned."""
+
+def main(arguments: Sequence[str], python: str | PathLike[str]) -> int: ...
+def run(
+    handler: Callable[[Item], Any], describe: Callable[[BaseException], tuple[int, str, str, str]]
+) -> None: ...

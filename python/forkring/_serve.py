@@ -1,0 +1,55 @@
+"""Serving from Python: `forkring.serve(handle)`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any, Callable, Optional
+
+from forkring._core import main
+
+
+def serve(
+    *handlers: Callable[..., Any],
+    workers: Optional[int] = None,
+    listen: Optional[str] = None,
+    name: Optional[str] = None,
+    options: tuple[str, ...] = (),
+) -> None:
+    """Serves until SIGTERM or Ctrl-C, each handler in a pool of its own name.
+
+    A handler is a function or class at the top of a module: workers are fresh processes that import it. In a script, call
+    this under `if __name__ == "__main__":`, and before anything that starts threads. `options` are more of `forkring
+    serve`'s. What is wrong is said on stderr, and is a SystemExit.
+    """
+    if not handlers:
+        raise TypeError("serve() takes at least one handler")
+    arguments = ["forkring", "serve", *options]
+    for option, value in (("--workers", workers), ("--listen", listen), ("--name", name)):
+        if value is not None:
+            arguments += [option, str(value)]
+    for handler in handlers:
+        spec, attribute = _spec(handler)
+        arguments += ["--pool", f"{attribute}={spec}"]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    code = main(arguments, sys.executable)
+    if code != 0:
+        raise SystemExit(code)
+
+
+def _spec(handler: Callable[..., Any]) -> tuple[str, str]:
+    """How workers find it, and its own name."""
+    attribute = getattr(handler, "__qualname__", None)
+    module = getattr(handler, "__module__", None)
+    if attribute is None or module is None or not attribute.replace(".", "").isidentifier():
+        raise TypeError(f"{handler!r} cannot be imported by workers: a handler is a function or class of a module")
+    if module == "__main__":
+        main_module = sys.modules["__main__"]
+        if getattr(main_module, "__spec__", None) is not None:
+            module = main_module.__spec__.name
+        elif getattr(main_module, "__file__", None):
+            module = os.path.abspath(main_module.__file__)
+        else:
+            raise TypeError(f"`{attribute}` cannot be imported by workers: put it in a file")
+    return f"{module}:{attribute}", attribute.rpartition(".")[2]

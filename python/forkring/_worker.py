@@ -1,0 +1,155 @@
+"""A worker: `python -m forkring._worker [--check] HANDLER`.
+
+With `--check` it only looks whether the handler can be a worker's; the server asks before it takes its port. A handler is
+`module:attribute` or `file.py:attribute`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import inspect
+import os
+import signal
+import sys
+from types import ModuleType
+from typing import Any, Callable
+
+from forkring._errors import describe, format_traceback
+
+
+class BadHandler(Exception):
+    """A line that says what is wrong with a handler."""
+
+
+def load(spec: str) -> Any:
+    """The object that is named; raises BadHandler, or whatever the module raises."""
+    where, _, path = spec.rpartition(":")
+    # As `python app.py` and `python -m app` have it, whatever PYTHONSAFEPATH says.
+    folder = os.path.dirname(os.path.abspath(where)) if where.endswith(".py") else os.getcwd()
+    if folder not in sys.path:
+        sys.path.insert(0, folder)
+    target: Any = load_file(where) if where.endswith(".py") else load_module(where)
+    seen = where
+    for name in path.split("."):
+        try:
+            target = getattr(target, name)
+        except AttributeError:
+            public = [other for other in dir(target) if not other.startswith("_")]
+            close = difflib.get_close_matches(name, public, n=1)
+            hint = f": did you mean `{close[0]}`?" if close else ""
+            raise BadHandler(f"`{seen}` has no `{name}`{hint}") from None
+        seen = f"{seen}.{name}"
+    return target
+
+
+def load_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        # Only if it is this one, or a package that it is in; what is missing deeper down has a traceback that says where.
+        if error.name is not None and (name == error.name or name.startswith(f"{error.name}.")):
+            raise BadHandler(f"there is no module `{error.name}` in {os.getcwd()} nor where Python looks") from None
+        raise
+
+
+def load_file(path: str) -> ModuleType:
+    name = os.path.splitext(os.path.basename(path))[0]
+    loader = importlib.util.spec_from_file_location(name, os.path.abspath(path))
+    if loader is None or loader.loader is None or not os.path.isfile(path):
+        raise BadHandler(f"there is no file {path}")
+    module = importlib.util.module_from_spec(loader)
+    sys.modules[name] = module
+    loader.loader.exec_module(module)
+    return module
+
+
+def handler_of(target: Any, spec: str) -> Callable[[], Callable[[Any], Any]]:
+    """How to make the worker's handler of what was named. Raises BadHandler."""
+    if not callable(target):
+        raise BadHandler(f"`{spec}` is a {type(target).__name__}: a handler is a function or class")
+    if inspect.isclass(target):
+        call = target.__dict__.get("__call__") or getattr(target, "__call__", None)
+        if not inspect.isfunction(call):
+            raise BadHandler(f"the class `{spec}` has no `def __call__(self, item)`")
+        takes(target, (), f"`{spec}` is made once per worker, with no arguments")
+        takes(call, (None, None), f"`{spec}` is called with one argument, the item")
+        refuse_others(call, spec)
+        return lambda: target()
+    takes(target, (None,), f"`{spec}` is called with one argument, the item")
+    refuse_others(target, spec)
+    return lambda: target
+
+
+def takes(function: Any, arguments: tuple[Any, ...], what: str) -> None:
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        # Not all that is written in C tells.
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        name = getattr(function, "__name__", "it")
+        raise BadHandler(f"{what}, but it is `{name}{signature}`") from None
+
+
+def refuse_others(function: Any, spec: str) -> None:
+    for kind, test in (
+        ("an async generator", inspect.isasyncgenfunction),
+        ("a coroutine function", inspect.iscoroutinefunction),
+        ("a generator", inspect.isgeneratorfunction),
+    ):
+        if test(function):
+            raise BadHandler(f"`{spec}` is {kind}: a handler is a plain function that returns its result")
+
+
+def take_signals() -> None:
+    """SIGTERM and SIGINT go to the whole process group, but only the supervisor decides: it lets workers finish.
+
+    They come blocked. Programs that the handler starts should get them, so they are unblocked here and do nothing, unless
+    the handler's module has its own use for them.
+    """
+    ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    for number, default in ours.items():
+        if signal.getsignal(number) is default:
+            signal.signal(number, _ignore)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
+
+    def give_back() -> None:
+        for number, default in ours.items():
+            if signal.getsignal(number) is _ignore:
+                signal.signal(number, default)
+
+    os.register_at_fork(after_in_child=give_back)
+
+
+def _ignore(*_: object) -> None:
+    """Not SIG_IGN, which a program that is started would inherit."""
+
+
+def main(arguments: list[str]) -> int:
+    check = arguments[:1] == ["--check"]
+    (spec,) = arguments[check:]
+    try:
+        make = handler_of(load(spec), spec)
+        if check:
+            return 0
+        take_signals()
+        handler = make()
+    except BadHandler as error:
+        print(f"forkring: {error}", file=sys.stderr)
+        return 2
+    except BaseException as error:
+        # All of it is the user's.
+        print(format_traceback(error), file=sys.stderr)
+        return 2
+    from forkring import _core
+
+    _core.run(handler, describe)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

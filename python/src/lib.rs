@@ -1,0 +1,38 @@
+//! The native half of the Python package `forkring`: the command line, and the worker's side of Python handlers.
+//!
+//! # What it promises
+//!
+//! - The command line is the Rust program's; in a server the supervisor and the front never run Python.
+//! - A worker holds the GIL while it handles an item and not while it waits for one.
+//! - What a handler keeps of an item after its end is never another item's and never freed memory: see [`payload`] and
+//!   [`reply`].
+//!
+//! The GIL guards what several threads of a handler may do at once, so a free-threaded Python turns it on for us.
+
+mod buffer;
+mod item;
+mod payload;
+mod reply;
+mod result;
+mod worker;
+
+#[pyo3::pymodule(gil_used = true)]
+mod _core {
+    use std::{ffi::OsString, path::PathBuf};
+
+    use pyo3::prelude::*;
+
+    #[pymodule_export]
+    use super::{
+        item::Item,
+        payload::{Payload, late_views},
+        reply::Reply,
+        worker::run,
+    };
+
+    /// Runs the command line; the first argument is the program's name. The result is the exit code.
+    #[pyfunction]
+    fn main(py: Python<'_>, arguments: Vec<OsString>, python: PathBuf) -> u8 {
+        py.detach(|| forkring::cli::run(arguments, Some(python)))
+    }
+}
