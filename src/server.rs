@@ -87,6 +87,13 @@ impl Pool {
         Pool { name, workers: None, item_timeout: None, worker_memory: None, work }
     }
 
+    fn program_of(&self) -> Option<&Program> {
+        match &self.work {
+            Work::Program(program) => Some(program),
+            Work::Handler(_) => None,
+        }
+    }
+
     /// How many workers; by default [`Config::workers`], one for each core.
     pub fn workers(mut self, workers: u16) -> Self {
         self.workers = Some(workers);
@@ -209,8 +216,11 @@ impl Server {
             return Err(ServerError::NoPool);
         }
         self.config.validate()?;
-        for pool in &self.pools {
-            check(pool)?;
+        for (at, pool) in self.pools.iter().enumerate() {
+            // One check for all pools that run the same.
+            if !self.pools[..at].iter().any(|other| other.program_of() == pool.program_of()) {
+                check(pool)?;
+            }
         }
         let config = &self.config;
         let pools = self.pools.into_iter().zip(&config.pools).map(|(pool, spec)| PoolPlan {
@@ -267,7 +277,7 @@ impl BoundServer {
 
 /// What is wrong with a pool's program is said before there is a port that clients could reach.
 fn check(pool: &Pool) -> Result<(), ServerError> {
-    let Work::Program(program) = &pool.work else { return Ok(()) };
+    let Some(program) = pool.program_of() else { return Ok(()) };
     match program.check() {
         Ok(status) if status.is_none_or(|status| status.success()) => Ok(()),
         Ok(_) => Err(ServerError::Check { pool: pool.name.clone(), handler: program.to_string() }),

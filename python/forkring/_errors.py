@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import traceback
 from typing import Any, Union
@@ -49,12 +50,17 @@ def describe(error: BaseException) -> tuple[int, str, str, str]:
     return int(Code.INTERNAL), "HANDLER_RAISED", f"{name}: {text}" if text else name, format_traceback(error)
 
 
+_HERE = os.path.dirname(__file__) + os.sep
+_IMPORT = os.path.dirname(importlib.__file__) + os.sep
+
+
+def _is_ours(filename: str) -> bool:
+    return filename.startswith((_HERE, _IMPORT, "<frozen importlib", "<frozen runpy"))
+
+
 def format_traceback(error: BaseException) -> str:
     """As Python prints it, without the frames of this package and of the import system around the user's."""
     shown = traceback.TracebackException.from_exception(error)
-    here = os.path.dirname(__file__)
-    frames = list(shown.stack)
-    while len(frames) > 1 and (frames[0].filename.startswith((here, "<frozen importlib")) or "/importlib/" in frames[0].filename):
-        frames.pop(0)
-    shown.stack[:] = frames
+    while shown.stack and _is_ours(shown.stack[0].filename):
+        shown.stack.pop(0)
     return "".join(shown.format()).rstrip("\n")

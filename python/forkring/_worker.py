@@ -137,6 +137,8 @@ def main(arguments: list[str]) -> int:
         if check:
             return 0
         take_signals()
+        # What a handler prints is a server's log: it should not wait until there is more.
+        sys.stdout.reconfigure(line_buffering=True)
         handler = make()
     except BadHandler as error:
         print(f"forkring: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ use std::{
     },
 };
 
-use forkring::segment::{Pin, Segment};
+use forkring::segment::{INLINE, Pin, Segment};
 use pyo3::{
     exceptions::{PyIndexError, PyRuntimeWarning},
     ffi,
@@ -75,13 +75,16 @@ impl Payload {
     pub fn end(this: Py<Self>, py: Python<'_>, segment: &'static Segment) -> io::Result<()> {
         // SAFETY: the object lives. Read with the GIL, so that nobody counts meanwhile.
         let references = unsafe { ffi::Py_REFCNT(this.as_ptr()) };
-        if references > 1
-            && let Bytes::Lent(bytes) = this.get().bytes
-        {
-            let _ = this.get().pin.set(segment.pin(bytes)?);
-            if LATE.fetch_add(1, Relaxed) == 0 {
-                warn(py);
-            }
+        let payload = this.get();
+        if references == 1 {
+            return Ok(());
+        }
+        if let Bytes::Lent(bytes) = payload.bytes {
+            let _ = payload.pin.set(segment.pin(bytes)?);
+        }
+        // Small ones are copies anyway, and so are those whose memory shares a page with one that is kept.
+        if payload.bytes().len() > INLINE && LATE.fetch_add(1, Relaxed) == 0 {
+            warn(py);
         }
         Ok(())
     }

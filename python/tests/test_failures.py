@@ -1,0 +1,104 @@
+"""Handlers that fail: what the client is told, and that nobody else notices."""
+
+import grpc
+import harness
+import pytest
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+from harness import error_of
+
+
+@pytest.fixture
+def ways(serve):
+    return serve("failing.py:ways")
+
+
+def traceback_of(error):
+    status = rpc_status.from_call(error)
+    return "\n".join(harness.detail_of(status, error_details_pb2.DebugInfo).stack_entries)
+
+
+def test_an_exception_is_its_items_error(ways):
+    before = ways.call("ways", b"fine")
+    for way, message, says in [
+        ("value", "ValueError: that is no number", 'raise ValueError("that is no number")'),
+        ("own", "failing.OutOfStock: of shoes", "in deeper\n"),
+        ("bare", "KeyError", "raise KeyError\n"),
+        ("chained", "RuntimeError: while looking", "The above exception was the direct cause"),
+        ("exit", "SystemExit: 3", "sys.exit(3)"),
+        ("interrupt", "KeyboardInterrupt", "raise KeyboardInterrupt\n"),
+        ("memory", "MemoryError", "bytearray(1 << 60)"),
+        ("recursion", "RecursionError: maximum recursion depth exceeded", "in recurse\n"),
+    ]:
+        error = ways.error("ways", way.encode())
+        code, reason, told = error_of(error)
+        assert (code, reason) == ("INTERNAL", "HANDLER_RAISED")
+        assert told.startswith(message), told
+        traceback = traceback_of(error)
+        assert says in traceback and traceback.splitlines()[-1].startswith(message), traceback
+        # The user's frames are there and ours are not.
+        assert "failing.py" in traceback and "/forkring/_" not in traceback, traceback
+    assert ways.call("ways", b"fine") == before, "the same process"
+
+
+def test_what_cannot_be_told_is_an_error_all_the_same(ways):
+    for way, says in [("silent", "describing it raised RuntimeError"), ("long", "ValueError: ä")]:
+        code, reason, message = error_of(ways.error("ways", way.encode()))
+        assert (code, reason) == ("INTERNAL", "HANDLER_RAISED") and says in message
+
+
+def test_abort_chooses_what_the_client_is_told(ways):
+    for way, told in {
+        "abort": ("NOT_FOUND", "NO_SUCH_ROW", "there is no row 7"),
+        "abort-name": ("OUT_OF_RANGE", "HANDLER_ABORTED", "too far"),
+        "abort-grpc": ("UNAUTHENTICATED", "HANDLER_ABORTED", "who?"),
+    }.items():
+        error = ways.error("ways", way.encode())
+        assert error_of(error) == told
+        assert len(rpc_status.from_call(error).details) == 1, "no traceback"
+    assert "ValueError: 0 is no code to abort with" in ways.error("ways", b"abort-ok").details()
+
+
+def test_a_result_that_is_too_large_is_refused(ways):
+    for way in (b"large", b"larger"):
+        code, reason, message = error_of(ways.error("ways", way))
+        assert (code, reason) == ("RESOURCE_EXHAUSTED", "RESULT_TOO_LARGE") and "--max-message" in message
+
+
+def test_on_a_stream_the_others_go_on(ways):
+    items = [ways.item("ways", b"own" if at % 2 else b"fine", id=at) for at in range(100)]
+    results = {result.id: result for result in ways.stream(items)}
+    assert len(results) == 100
+    for at, result in results.items():
+        assert result.HasField("status") == bool(at % 2)
+        if at % 2:
+            assert (result.status.code, result.status.reason) == (13, "HANDLER_RAISED")
+            assert "in deeper\n" in result.status.traceback
+            assert result.status.traceback.endswith(result.status.message)
+
+
+@pytest.mark.parametrize(
+    "way, says",
+    [("exit", "exited with 3"), ("segfault", "was killed by SIGSEGV (11)"), ("kill", "was killed by SIGKILL (9)")],
+)
+def test_a_worker_that_dies_is_replaced_and_its_item_retried(serve, way, says):
+    app = serve("failing.py:deaths", quiet=False)
+    assert app.call("deaths", metadata={"way": way, "times": "1"}) == b"attempt 2"
+    code, reason, message = error_of(app.error("deaths", metadata={"way": way}))
+    assert (code, reason, message) == ("ABORTED", "WORKER_CRASHED", f"the worker {says}")
+    assert app.call("deaths", metadata={"way": way, "times": "0"}) == b"attempt 1"
+    assert says in app.log()
+
+
+def test_a_class_that_cannot_be_made_is_made_again(serve, tmp_path, monkeypatch):
+    monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
+    app = serve("failing.py:Unmade", quiet=False)
+    assert app.call("Unmade") == b"made"
+    log = app.log()
+    assert "RuntimeError: the model is not there yet" in log and "exited with 2" in log
+
+
+def test_a_pool_that_there_is_not(ways):
+    with pytest.raises(grpc.RpcError) as failed:
+        ways.result("nobody")
+    assert error_of(failed.value)[:2] == ("NOT_FOUND", "UNKNOWN_POOL")

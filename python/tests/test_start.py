@@ -1,0 +1,195 @@
+"""Starting: what is wrong is said before there is a port, and the ways in."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from harness import PATIENCE
+
+FORKRING = str(Path(sys.executable).with_name("forkring"))
+
+
+def run(*arguments, folder):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FORKRING_")}
+    return subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
+    )
+
+
+def refused(folder, handler, *says, source=None):
+    if source is not None:
+        (folder / "app.py").write_text(source)
+    outcome = run(FORKRING, "serve", handler, "--listen", "127.0.0.1:0", "--name", f"start-{os.getpid()}", folder=folder)
+    assert (outcome.returncode, outcome.stdout) == (2, ""), outcome.stderr
+    for words in says:
+        assert words in outcome.stderr, outcome.stderr
+    assert "/forkring/_" not in outcome.stderr and "importlib" not in outcome.stderr
+    last = outcome.stderr.splitlines()[-1]
+    assert last.startswith("forkring: pool `") and last.endswith("the reason is in the lines above")
+    assert not [name for name in os.listdir("/dev/shm") if f"start-{os.getpid()}" in name]
+    return outcome.stderr
+
+
+def test_an_import_that_fails_shows_its_traceback(tmp_path):
+    refused(
+        tmp_path,
+        "app:handle",
+        "Traceback (most recent call last)",
+        f'File "{tmp_path}/app.py", line 2',
+        "ZeroDivisionError: division by zero",
+        source="# a model\nx = 1 / 0\n",
+    )
+    refused(tmp_path, "app:handle", "ModuleNotFoundError: No module named 'torchh'", source="import torchh")
+    refused(tmp_path, "app:handle", "SyntaxError", "app.py", source="def handle(item:\n")
+    refused(tmp_path, "app:handle", "SystemExit: 3", source="import sys; sys.exit(3)")
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("def handle(): pass", "called with one argument, the item, but it is `handle()`"),
+        ("def handle(a, b): pass", "but it is `handle(a, b)`"),
+        ("def handle(*, item): pass", "but it is `handle(*, item)`"),
+        ("handle = 7", "`app:handle` is a int: a handler is a function or class"),
+        ("def handel(item): pass", "`app` has no `handle`: did you mean `handel`?"),
+        ("", "`app` has no `handle`"),
+        ("class handle: pass", "the class `app:handle` has no `def __call__(self, item)`"),
+        ("class handle:\n def __init__(self, x): pass\n def __call__(self, item): pass", "with no arguments, but it is"),
+        ("class handle:\n def __call__(self): pass", "but it is `__call__(self)`"),
+    ],
+)
+def test_what_is_no_handler_is_refused(tmp_path, source, says):
+    assert "Traceback" not in refused(tmp_path, "app:handle", says, source=source)
+
+
+def test_a_module_that_is_not_there_is_one_line(tmp_path):
+    assert "Traceback" not in refused(tmp_path, "nowhere:handle", f"no module `nowhere` in {tmp_path} nor where Python")
+    assert "Traceback" not in refused(tmp_path, "nowhere.py:handle", "there is no file nowhere.py")
+
+
+class Started:
+    """A command that serves; it is drained in the end."""
+
+    def __init__(self, *command, folder):
+        self.log = open(folder / "log", "w+")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("FORKRING_")}
+        environment.update(FORKRING_ARENA="1MiB", FORKRING_MAX_MESSAGE="512KiB", PYTHONDONTWRITEBYTECODE="1")
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        line = self.process.stdout.readline()
+        self.address = line.removeprefix("listening on ").strip()
+        self.folder = folder
+        if not line.startswith("listening on "):
+            self.process.wait()
+            raise RuntimeError((folder / "log").read_text())
+
+    def __enter__(self):
+        return self
+
+    def call(self, pool, text):
+        (self.folder / "input").write_text(text)
+        outcome = run(FORKRING, "call", "--addr", self.address, pool, "input", folder=self.folder)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGINT)
+        try:
+            code = self.process.wait(PATIENCE)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            self.process.stdout.close()
+            self.log.close()
+        assert code == 0, (self.folder / "log").read_text()
+
+
+COMMON = "import os, sys\n\ndef shout(item):\n    return bytes(item.payload).upper()\n"
+
+
+@pytest.mark.parametrize("command", [[FORKRING], [sys.executable, "-m", "forkring"]])
+def test_the_command_and_the_module_serve_alike(tmp_path, command):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "app.py").write_text(COMMON + "class Shouts:\n    loud = staticmethod(shout)\n")
+    name = f"start-{os.getpid()}"
+    listen = ["--listen", "127.0.0.1:0", "--name", name, "--workers", "2"]
+    with Started(*command, "serve", "package.app:Shouts.loud", *listen, "--pool", "echo=echo", folder=tmp_path) as server:
+        assert server.call("loud", "hello") == "HELLO"
+        assert server.call("echo", "hello") == "hello"
+
+
+def test_a_script_serves_its_own_functions(tmp_path):
+    (tmp_path / "other.py").write_text("def whisper(item):\n    return bytes(item.payload).lower()\n")
+    (tmp_path / "app.py").write_text(
+        COMMON
+        + "import forkring\nfrom other import whisper\n\nif __name__ == '__main__':\n"
+        + f"    forkring.serve(shout, whisper, workers=1, listen='127.0.0.1:0', name='start-{os.getpid()}')\n"
+        + "    print('drained')\n"
+    )
+    with Started(sys.executable, "app.py", folder=tmp_path) as server:
+        assert server.call("shout", "Hello") == "HELLO"
+        assert server.call("whisper", "Hello") == "hello"
+
+
+def test_serve_refuses_what_workers_cannot_import(tmp_path):
+    for handler, says in [
+        ("lambda item: b''", "cannot be imported by workers"),
+        ("7", "cannot be imported by workers"),
+        ("handle, workers=0", "workers is 0"),
+    ]:
+        (tmp_path / "app.py").write_text(
+            f"import forkring\n\ndef handle(item): pass\n\nif __name__ == '__main__':\n    forkring.serve({handler})\n"
+        )
+        outcome = run(sys.executable, "app.py", folder=tmp_path)
+        assert outcome.returncode != 0 and says in outcome.stderr, outcome.stderr
+
+
+def test_serve_refuses_a_process_with_threads(tmp_path):
+    (tmp_path / "app.py").write_text(
+        "import forkring, threading\n\ndef handle(item): pass\n\nif __name__ == '__main__':\n"
+        "    threading.Thread(target=threading.Event().wait, daemon=True).start()\n    forkring.serve(handle)\n"
+    )
+    outcome = run(sys.executable, "app.py", folder=tmp_path)
+    assert outcome.returncode == 2 and "cannot fork: this process has 2 threads" in outcome.stderr, outcome.stderr
+
+
+def test_a_worker_is_not_started_by_hand(tmp_path):
+    (tmp_path / "app.py").write_text("def handle(item): pass\n")
+    outcome = run(sys.executable, "-m", "forkring._worker", "app:handle", folder=tmp_path)
+    assert outcome.returncode == 1 and "FORKRING_WORKER is not set" in outcome.stderr
+
+
+def test_ctrl_c_ends_a_command_that_waits(tmp_path):
+    server = "echo=echo"
+    name = f"start-{os.getpid()}"
+    with Started(FORKRING, "serve", "--pool", server, "--listen", "127.0.0.1:0", "--name", name, folder=tmp_path) as server:
+        updates = subprocess.Popen(
+            [FORKRING, "updates", "--addr", server.address], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            # It is up when it has connected.
+            tcp = lambda: any("socket:" in link for link in links(updates.pid))  # noqa: E731
+            from serving import until
+
+            until("its connection", tcp)
+            updates.send_signal(signal.SIGINT)
+            assert updates.wait(PATIENCE) == -signal.SIGINT
+        finally:
+            updates.kill()
+            updates.communicate()
+
+
+def links(pid):
+    found = []
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found.append(os.readlink(f"/proc/{pid}/fd/{fd}"))
+        except OSError:
+            pass
+    return found
