@@ -8,7 +8,7 @@ import pytest
 
 # What these tests share with those of other clients: servers, gates, statuses taken apart.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "tests" / "clients" / "python"))
-os.environ.setdefault("FORKRING_BIN", str(Path(sys.executable).with_name("forkring")))
+os.environ["FORKRING_BIN"] = str(Path(sys.executable).with_name("forkring"))
 pytest.register_assert_rewrite("harness", "serving")
 
 import stubs  # noqa: E402
