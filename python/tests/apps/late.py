@@ -45,12 +45,12 @@ def tell():
 
 
 def keep_reply(item):
-    """Writes to all replies that were kept, and keeps its own."""
-    for view in kept:
-        memoryview(view)[:] = b"\xff" * len(view)
+    """Fills its reply, writes to all replies that were kept, and keeps its own."""
     out = item.reply(len(item.payload))
     view = memoryview(out)
     view[:] = item.payload
+    for old in kept:
+        memoryview(old)[:] = b"\xff" * len(old)
     if item.metadata.get("keep") == "numpy":
         kept.append(numpy.frombuffer(out, dtype="uint8"))
     else:
