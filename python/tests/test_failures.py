@@ -90,6 +90,21 @@ def test_a_worker_that_dies_is_replaced_and_its_item_retried(serve, way, says):
     assert says in app.log()
 
 
+def test_an_endless_loop_is_ended(serve):
+    app = serve("failing.py:loop", arguments=["--item-timeout", "300ms"], quiet=False)
+    assert app.call("loop", b"once") == b"attempt 2"
+    code, reason, _ = error_of(app.error("loop", b"ever"))
+    assert (code, reason) == ("DEADLINE_EXCEEDED", "ITEM_TIMEOUT")
+    assert app.call("loop", b"once") == b"attempt 2"
+
+
+def test_memory_beyond_the_limit_is_a_memory_error(serve):
+    app = serve("failing.py:hog", arguments=["--worker-memory", "512MiB"])
+    assert app.call("hog", b"1000000") == b"1000000"
+    assert error_of(app.error("hog", b"600000000"))[2] == "MemoryError"
+    assert app.call("hog", b"1000000") == b"1000000"
+
+
 def test_a_class_that_cannot_be_made_is_made_again(serve, tmp_path, monkeypatch):
     monkeypatch.setenv("MARKER", str(tmp_path / "marker"))
     app = serve("failing.py:Unmade", quiet=False)

@@ -93,3 +93,15 @@ class Unmade:
 
     def __call__(self, item):
         return b"made"
+
+
+def loop(item):
+    """Never ends, unless it has been tried before."""
+    while item.attempt == 1 or item.payload == b"ever":
+        pass
+    return f"attempt {item.attempt}"
+
+
+def hog(item):
+    """Takes so many bytes."""
+    return str(len(bytearray(int(bytes(item.payload)))))
