@@ -1,0 +1,476 @@
+"""The clients' calls, blocking and for asyncio, against a real server."""
+
+import array
+import asyncio
+import hashlib
+import queue
+import signal
+import socket
+import threading
+import time
+
+import pytest
+from client_support import GATE, PATIENCE, Server, gate, server  # noqa: F401
+
+from forkring import aio
+from forkring.client import Client, Code, Error, Work
+
+LARGE = 8 << 20
+SOON = 0.2  # seconds
+
+
+class Blocking:
+    """The asyncio client behind the blocking one's methods: each test runs for both."""
+
+    def __init__(self, *arguments, **named):
+        self._loop = asyncio.new_event_loop()
+        self._client = aio.Client(*arguments, **named)
+
+    def _run(self, work):
+        return self._loop.run_until_complete(asyncio.wait_for(work, PATIENCE))
+
+    def call(self, *arguments, **named):
+        return self._run(self._client.call(*arguments, **named))
+
+    def submit(self, *arguments, **named):
+        return self._run(self._client.submit(*arguments, **named))
+
+    def updates(self, *arguments, **named):
+        return self._iterate(lambda: self._client.updates(*arguments, **named))
+
+    def process(self, *arguments, **named):
+        return self._iterate(lambda: self._client.process(*arguments, **named))
+
+    def _iterate(self, begin):
+        async def make():
+            return begin()
+
+        results = self._run(make())
+        while True:
+            try:
+                yield self._run(results.__anext__())
+            except StopAsyncIteration:
+                return
+
+    def close(self):
+        self._run(self._client.close())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+        self._loop.close()
+
+
+@pytest.fixture(params=[Client, Blocking], ids=["sync", "aio"])
+def make(request):
+    return request.param
+
+
+@pytest.fixture
+def client(make, server):
+    with make(server.address, pool="echo") as client:
+        yield client
+
+
+def error_of(work):
+    with pytest.raises(Error) as caught:
+        work()
+    return caught.value
+
+
+def test_call(client):
+    result = client.call(b"hello", id=7, metadata={"a": "1", "ä": "ö"}, priority=3)
+    assert (result.id, result.payload, result.attempts) == (7, b"hello", 1)
+    assert result.ok and result.error is None
+    assert result.timing.worked > 0
+    assert result.worker in (0, 1)
+
+
+def test_call_of_another_pool(client):
+    assert client.call(b"abc", pool="hash").payload == hashlib.sha256(b"abc").digest()
+
+
+@pytest.mark.parametrize(
+    ("payload", "sent"),
+    [
+        ("ä", "ä".encode()),
+        (bytearray(b"ab"), b"ab"),
+        (memoryview(b"abcd")[::2], b"ac"),
+        (array.array("H", [1, 256]), b"\x01\x00\x00\x01"),
+        (b"", b""),
+    ],
+)
+def test_payloads_are_text_or_any_buffer(client, payload, sent):
+    assert client.call(payload).payload == sent
+
+
+def test_a_payload_that_is_none(client):
+    with pytest.raises(TypeError, match="a payload is bytes, str or a buffer, not int"):
+        client.call(7)
+
+
+def test_large_payloads_both_ways():
+    payload = bytes(range(256)) * (LARGE // 256)
+    with Server("--pool", "echo:1=echo") as server, Client(server.address) as client:
+        assert client.call(payload).payload == payload
+        assert [result.payload == payload for result in client.process([payload] * 3)] == [True] * 3
+
+
+def test_http_is_a_way_to_write_an_address(make, server):
+    with make(f"http://{server.address}/", pool="echo") as client:
+        assert client.call(b"x").payload == b"x"
+
+
+@pytest.mark.parametrize(
+    ("pool", "named", "code", "reason", "says"),
+    [
+        ("größe", {}, Code.NOT_FOUND, "UNKNOWN_POOL", "there is no pool `größe`: this server has echo"),
+        ("", {}, Code.INVALID_ARGUMENT, "POOL_REQUIRED", "names no pool"),
+        ("echo", {"priority": 4}, Code.INVALID_ARGUMENT, "BAD_PRIORITY", "0 to 3"),
+        ("fail", {}, Code.INTERNAL, "EXEC_FAILED", "50 % of it\nis gone"),
+    ],
+)
+def test_errors_have_a_code_a_reason_and_a_message(client, pool, named, code, reason, says):
+    error = error_of(lambda: client.call("50 % of it\nis gone", pool=pool, **named))
+    assert (error.code, error.reason, error.retry_delay) == (code, reason, None)
+    assert says in error.message
+    assert str(error) == f"{code.name} ({reason}): {error.message}"
+    assert type(error.__cause__).__name__ in ("_InactiveRpcError", "AioRpcError"), "gRPC's own error"
+
+
+def test_a_timeout_frees_the_worker(client, gate):
+    held = gate()
+    begin = time.monotonic()
+    assert error_of(lambda: client.call(held.payload, pool="gate", timeout=SOON)).code is Code.DEADLINE_EXCEEDED
+    assert time.monotonic() - begin >= SOON * 0.9
+    after = gate()
+    after.open()
+    assert client.call(after.payload, pool="gate", timeout=PATIENCE).payload == b"done\n"
+
+
+def test_submit_and_updates(client, make):
+    subscription = f"later {make.__name__}"
+    items = [Work("one", id=100), b"two", Work("3", pool="hash", metadata={"k": "v"}, priority=1, timeout=60.5)]
+    receipt = client.submit(items, subscription=subscription)
+    assert receipt == (3, 0, ())
+    results = {result.id: result.payload for result in client.updates(subscription, limit=3)}
+    assert results == {100: b"one", 1: b"two", 2: hashlib.sha256(b"3").digest()}
+
+
+def test_submit_says_what_was_rejected(client):
+    receipt = client.submit([Work(b"", pool="nope", id=n) for n in range(40)], subscription="rejected")
+    assert (receipt.accepted, receipt.rejected) == (0, 40)
+    assert [rejection.id for rejection in receipt.rejections] == list(range(32)), "the first of them"
+    error = receipt.rejections[0].error
+    assert (error.code, error.reason) == (Code.NOT_FOUND, "UNKNOWN_POOL")
+
+
+def test_process_pipelines(client):
+    results = client.process(b"item %d" % n for n in range(3000))
+    assert sorted((result.id, result.payload) for result in results) == [(n, b"item %d" % n) for n in range(3000)]
+
+
+def test_process_sends_while_it_receives(client):
+    answers = queue.SimpleQueue()
+
+    def items():
+        # Each is made of the answer to the one before.
+        yield b"0"
+        for _ in range(50):
+            yield b"%d" % (int(answers.get(timeout=PATIENCE)) + 1)
+
+    seen = []
+    if isinstance(client, Client):
+        for result in client.process(items()):
+            seen.append(result.payload)
+            answers.put(result.payload)
+    else:
+
+        async def main():
+            answers = asyncio.Queue()
+
+            async def items():
+                yield b"0"
+                for _ in range(50):
+                    yield b"%d" % (int(await answers.get()) + 1)
+
+            async for result in client._client.process(items()):
+                seen.append(result.payload)
+                answers.put_nowait(result.payload)
+
+        client._run(main())
+    assert seen == [b"%d" % n for n in range(51)]
+
+
+def test_a_failed_item_does_not_end_the_stream(client):
+    items = [Work(b"", pool="nope"), Work(b"why", pool="fail"), b"fine"]
+    results = {result.id: result for result in client.process(items)}
+    assert (results[0].ok, results[0].error.code, results[0].error.reason) == (False, Code.NOT_FOUND, "UNKNOWN_POOL")
+    assert (results[1].ok, results[1].payload, results[1].error.reason) == (False, b"", "EXEC_FAILED")
+    assert results[1].error.message.endswith("why")
+    assert (results[2].ok, results[2].payload) == (True, b"fine")
+
+
+def test_what_the_items_raise_comes_out_after_the_results(client, make):
+    def items():
+        yield b"one"
+        yield b"two"
+        raise LookupError("no third")
+
+    results = client.process(items())
+    assert sorted([next(results).payload, next(results).payload]) == [b"one", b"two"]
+    with pytest.raises(LookupError, match="no third"):
+        next(results)
+    subscription = f"broken {make.__name__}"
+    with pytest.raises(LookupError, match="no third"):
+        client.submit(items(), subscription=subscription)
+    assert sorted(result.payload for result in client.updates(subscription, limit=2)) == [b"one", b"two"]
+    with pytest.raises(TypeError, match="not int"):
+        list(client.process([7]))
+
+
+def test_a_closed_client_says_so(make, server):
+    client = make(server.address, pool="echo")
+    client.call(b"x")
+    client.close()
+    for work in (lambda: client.call(b"x"), lambda: client.submit([b"x"]), lambda: next(client.updates())):
+        with pytest.raises(RuntimeError, match="this client is closed: make a new one"):
+            work()
+
+
+def test_leaving_a_stream_cancels_its_items(server, gate):
+    held = gate()
+    with Client(server.address, pool="gate") as client:
+        with client.process([held.payload]) as results:
+            held.wait_until_begun()
+        held.wait_until_killed()
+        assert error_of(lambda: next(results)).code is Code.CANCELLED
+
+
+def test_leaving_an_aio_stream_and_cancelling_a_task_cancels_their_items(server, gate):
+    async def main():
+        async with aio.Client(server.address, pool="gate") as client:
+            held = gate()
+            async with client.process([held.payload]):
+                await asyncio.to_thread(held.wait_until_begun)
+            await asyncio.to_thread(held.wait_until_killed)
+            held = gate()
+            call = asyncio.ensure_future(client.call(held.payload))
+            await asyncio.to_thread(held.wait_until_begun)
+            call.cancel()
+            await asyncio.to_thread(held.wait_until_killed)
+
+    asyncio.run(main())
+
+
+def test_ctrl_c_ends_a_call(server, gate):
+    held = gate()
+
+    def interrupt():
+        held.wait_until_begun()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with Client(server.address) as client, pytest.raises(KeyboardInterrupt):
+        client.call(held.payload, pool="gate", timeout=PATIENCE)
+    thread.join()
+    held.wait_until_killed()
+
+
+def test_an_aio_client_follows_updates_of_what_it_submits(server):
+    async def main():
+        async with aio.Client(server.address, pool="echo") as client:
+            arrived = asyncio.Queue()
+
+            async def items():
+                for n in range(100):
+                    yield b"item %d" % n
+                    # The next one is not sent before this one's result is here.
+                    assert (await arrived.get()).payload == b"item %d" % n
+
+            async def follow():
+                async with client.updates("followed") as updates:
+                    async for result in updates:
+                        arrived.put_nowait(result)
+
+            follower = asyncio.ensure_future(follow())
+            assert (await client.submit(items(), subscription="followed")).accepted == 100
+            follower.cancel()
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_an_aio_client_serves_one_loop_after_another(server):
+    client = aio.Client(server.address, pool="echo")
+    for n in range(3):
+        assert asyncio.run(client.call(b"%d" % n)).payload == b"%d" % n
+    assert len(client._made) == 1, "what belongs to loops that have ended is let go"
+
+
+def test_a_thousand_aio_calls_at_once(server):
+    async def main():
+        async with aio.Client(server.address, pool="echo") as client:
+            results = await asyncio.gather(*(client.call(b"%d" % n, id=n) for n in range(1000)))
+            assert [(result.id, result.payload) for result in results] == [(n, b"%d" % n) for n in range(1000)]
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def free_port():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return f"127.0.0.1:{listener.getsockname()[1]}"
+
+
+def test_a_server_that_is_not_there_yet_is_waited_for(make):
+    address, answers = free_port(), queue.SimpleQueue()
+
+    def call():
+        with make(address, retries=10**6) as client:
+            answers.put(client.call(b"x", timeout=PATIENCE).payload)
+
+    with make(address) as client:
+        error = error_of(lambda: client.call(b"x", timeout=SOON))
+        assert error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
+    thread = threading.Thread(target=call)
+    thread.start()
+    with Server("--pool", "echo:1=echo", "--listen", address):
+        assert answers.get(timeout=PATIENCE) == b"x"
+        thread.join()
+
+
+def test_without_retries_a_server_that_is_not_there_is_an_error_at_once(make):
+    with make(free_port(), retries=0) as client:
+        error = error_of(lambda: client.call(b"x"))
+        assert (error.code, error.reason) == (Code.UNAVAILABLE, "")
+
+
+@pytest.fixture
+def full(gate):
+    """A server whose two places are taken, and what takes them."""
+    with (
+        Server("--pool", f"gate:1={GATE}", "--capacity", "2") as server,
+        Client(server.address, retries=10**6) as filler,
+    ):
+        held = [gate(), gate()]
+        threads = [threading.Thread(target=filler.call, args=[one.payload]) for one in held]
+        for thread in threads:
+            thread.start()
+        yield server, held
+        for one in held:
+            one.open()
+        for thread in threads:
+            thread.join(PATIENCE)
+
+
+def refused(client, gate):
+    """The error of a call that there is no room for: until there is none, calls time out."""
+    end = time.monotonic() + PATIENCE
+    while time.monotonic() < end:
+        error = error_of(lambda: client.call(gate().payload, timeout=SOON))
+        if error.code is Code.RESOURCE_EXHAUSTED:
+            return error
+    raise AssertionError("never refused")
+
+
+def test_a_full_server_says_when_to_try_again(make, full, gate):
+    with make(full[0].address, retries=0) as client:
+        error = refused(client, gate)
+        assert error.reason in ("QUEUE_FULL", "LANE_FULL")
+        assert error.retry_delay == 0.05
+
+
+def test_a_call_that_is_refused_for_lack_of_room_is_tried_again(make, full, gate):
+    server, held = full
+    with make(server.address, retries=0) as client:
+        refused(client, gate)
+    waiting = gate()
+    waiting.open(b"at last")
+    # There is room when it has been refused some more: no sooner than its first attempt.
+    threading.Timer(SOON, lambda: [one.open() for one in held]).start()
+    with make(server.address, retries=10**6) as client:
+        assert client.call(waiting.payload, timeout=PATIENCE).payload == b"at last\n"
+
+
+def test_retries_end_with_the_timeout(make, full, gate):
+    with make(full[0].address, retries=10**6) as client:
+        begin = time.monotonic()
+        error = error_of(lambda: client.call(gate().payload, timeout=2 * SOON))
+        assert error.code in (Code.RESOURCE_EXHAUSTED, Code.DEADLINE_EXCEEDED)
+        assert time.monotonic() - begin < PATIENCE
+
+
+class OneShot:
+    """Takes connections and breaks each of them once a call has come, as many times as told; then it is a server's."""
+
+    def __init__(self, breaks, address):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.broken = 0
+        self._breaks = breaks
+        self._server = address
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            host, port = self._server.rsplit(":", 1)
+            server = socket.create_connection((host, int(port)))
+            for one, other in ((server, client), (client, server)):
+                threading.Thread(target=self._pass_on, args=[one, other, one is client], daemon=True).start()
+
+    def _pass_on(self, one, other, requests):
+        try:
+            while data := one.recv(1 << 16):
+                if requests and b"break me" in data and self.broken < self._breaks:
+                    self.broken += 1
+                    break
+                other.sendall(data)
+        except OSError:
+            pass
+        for end in (one, other):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self):
+        self._listener.close()
+
+
+@pytest.mark.parametrize("idempotent", [False, True])
+def test_an_item_whose_fate_is_unknown_is_sent_again_only_if_it_is_idempotent(make, server, idempotent):
+    proxy = OneShot(2, server.address)
+    with make(proxy.address, pool="echo", idempotent=idempotent) as client:
+        assert client.call(b"fine", timeout=PATIENCE).payload == b"fine"
+        if idempotent:
+            assert client.call(b"break me", timeout=PATIENCE).payload == b"break me"
+            assert proxy.broken == 2
+        else:
+            error = error_of(lambda: client.call(b"break me", timeout=PATIENCE))
+            assert (error.code, error.reason) == (Code.UNAVAILABLE, "")
+            assert proxy.broken == 1
+    proxy.close()
+
+
+def test_a_missing_grpc_is_said_with_what_to_do():
+    import subprocess
+    import sys
+
+    program = """if True:
+        import importlib.machinery, sys
+        class NoGrpc:
+            @staticmethod
+            def find_spec(name, path=None, target=None):
+                if name == "grpc": sys.meta_path[:] = []
+        sys.meta_path.insert(0, NoGrpc)
+        import forkring.client
+    """
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
+    assert "ImportError: forkring's clients need grpcio and protobuf: pip install 'forkring[client]'" in ended.stderr
