@@ -4,25 +4,30 @@
 //! A [`Client`] is a handle on one HTTP/2 connection; clones share it and it connects anew when the connection is lost.
 //! It adds no retries and no timeouts of its own: what was accepted is the server's to finish, and a call that is
 //! dropped is a cancel.
+//!
+//! A client that was made before a fork works after it, in the parent and in the child, where it connects for itself
+//! on the child's runtime. The child must not go on with a future or a runtime of its parent's; how its own main ends is
+//! best `std::process::exit`, which drops neither.
+
+mod process;
 
 use std::{fmt, time::Duration};
 
 use bytes::Bytes;
 use tokio_stream::Stream;
 use tonic::{
-    Code, Streaming,
+    Code,
     transport::{Channel, Endpoint},
 };
 use tonic_types::StatusExt as _;
 
+use self::process::Channels;
+pub use self::process::Results;
 use crate::proto::v1::{
     self, DeadLetter, DropDeadLetterRequest, GetDeadLetterRequest, GetUpdatesRequest, ListDeadLettersRequest,
     ListDeadLettersResponse, RequeueDeadLetterRequest, SubmitReceipt, WorkItem, WorkResult, admin_client::AdminClient,
     dispatcher_client::DispatcherClient,
 };
-
-/// A stream of results: `while let Some(result) = results.message().await? { … }`.
-pub type Results = Streaming<WorkResult>;
 
 /// The largest result that a client takes unless told otherwise: the server's own limit is what should bind.
 pub const MAX_MESSAGE: usize = 1 << 30;
@@ -49,40 +54,53 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 /// ```
 #[derive(Debug, Clone)]
 pub struct Client {
-    inner: DispatcherClient<Channel>,
-    admin: AdminClient<Channel>,
+    channels: Channels,
+    max_message: usize,
 }
 
 impl Client {
     /// Connects to `HOST:PORT` or `http://HOST:PORT`.
     pub async fn connect(addr: &str) -> Result<Self, ConnectError> {
-        let channel = endpoint(addr)?.connect().await.map_err(|error| ConnectError::unreachable(addr, &error))?;
-        Ok(Self::from_channel(channel))
+        let endpoint = endpoint(addr)?;
+        let channel = endpoint.connect().await.map_err(|error| ConnectError::unreachable(addr, &error))?;
+        Ok(Self::new(channel, Some(endpoint)))
     }
 
     /// Connects when the first call needs it. Call it where a tokio runtime is.
     pub fn connect_lazy(addr: &str) -> Result<Self, ConnectError> {
-        Ok(Self::from_channel(endpoint(addr)?.connect_lazy()))
+        let endpoint = endpoint(addr)?;
+        Ok(Self::new(endpoint.connect_lazy(), Some(endpoint)))
     }
 
-    /// Over a channel with settings of your own.
+    /// Over a channel with settings of your own. Such a client is of no use in a forked child, which could not make
+    /// that channel again.
     pub fn from_channel(channel: Channel) -> Self {
-        let admin = AdminClient::new(channel.clone()).max_decoding_message_size(MAX_MESSAGE);
-        let inner =
-            DispatcherClient::new(channel).max_decoding_message_size(MAX_MESSAGE).max_encoding_message_size(usize::MAX);
-        Self { inner, admin }
+        Self::new(channel, None)
+    }
+
+    fn new(channel: Channel, endpoint: Option<Endpoint>) -> Self {
+        Self { channels: Channels::new(channel, endpoint), max_message: MAX_MESSAGE }
     }
 
     /// Takes results of up to so many bytes instead of [`MAX_MESSAGE`].
     pub fn with_max_message(self, bytes: usize) -> Self {
-        Self { inner: self.inner.max_decoding_message_size(bytes), admin: self.admin.max_decoding_message_size(bytes) }
+        Self { max_message: bytes, ..self }
+    }
+
+    fn here(&self) -> Result<DispatcherClient<Channel>, tonic::Status> {
+        let client = DispatcherClient::new(self.channels.here()?);
+        Ok(client.max_decoding_message_size(self.max_message).max_encoding_message_size(usize::MAX))
+    }
+
+    fn admin(&self) -> Result<AdminClient<Channel>, tonic::Status> {
+        Ok(AdminClient::new(self.channels.here()?).max_decoding_message_size(self.max_message))
     }
 
     /// One item in, its result out. A failed item is the error; [`v1::Status::from`] finds its reason.
     ///
     /// To bound the call, and not only the item, wrap it in `tokio::time::timeout`: dropping it cancels the item.
     pub async fn call(&self, item: WorkItem) -> Result<WorkResult, tonic::Status> {
-        Ok(self.inner.clone().call(item).await?.into_inner())
+        Ok(self.here()?.call(item).await?.into_inner())
     }
 
     /// Many items in, one receipt out when the stream ends. Results go to [`updates`](Self::updates).
@@ -100,7 +118,7 @@ impl Client {
     where
         S: Stream<Item = WorkItem> + Send + 'static,
     {
-        Ok(self.inner.clone().submit(items).await?.into_inner())
+        Ok(self.here()?.submit(items).await?.into_inner())
     }
 
     /// The results of submitted items as they are done; ends after `limit` of them unless that is 0.
@@ -117,7 +135,7 @@ impl Client {
     /// ```
     pub async fn updates(&self, subscription: &str, limit: u64) -> Result<Results, tonic::Status> {
         let request = GetUpdatesRequest { subscription: subscription.to_owned(), limit };
-        Ok(self.inner.clone().get_updates(request).await?.into_inner())
+        Ok(Results::new(self.here()?.get_updates(request).await?.into_inner()))
     }
 
     /// Items in, results out, both at once; match them by id. A failed item is a result whose
@@ -141,30 +159,30 @@ impl Client {
     where
         S: Stream<Item = WorkItem> + Send + 'static,
     {
-        Ok(self.inner.clone().process(items).await?.into_inner())
+        Ok(Results::new(self.here()?.process(items).await?.into_inner()))
     }
 
     /// A page of the dead letters with numbers above `after`, without their payloads. The next page follows `next`, if that
     /// is not 0.
     pub async fn dead_letters(&self, after: u64) -> Result<ListDeadLettersResponse, tonic::Status> {
         let request = ListDeadLettersRequest { after, limit: 0 };
-        Ok(self.admin.clone().list_dead_letters(request).await?.into_inner())
+        Ok(self.admin()?.list_dead_letters(request).await?.into_inner())
     }
 
     /// A dead letter with its payload.
     pub async fn dead_letter(&self, number: u64) -> Result<DeadLetter, tonic::Status> {
-        Ok(self.admin.clone().get_dead_letter(GetDeadLetterRequest { number }).await?.into_inner())
+        Ok(self.admin()?.get_dead_letter(GetDeadLetterRequest { number }).await?.into_inner())
     }
 
     /// Submits a dead letter's item once more; under `subscription`, if it had none of its own.
     pub async fn requeue_dead_letter(&self, number: u64, subscription: &str) -> Result<(), tonic::Status> {
         let request = RequeueDeadLetterRequest { number, subscription: subscription.to_owned() };
-        self.admin.clone().requeue_dead_letter(request).await.map(|_| ())
+        self.admin()?.requeue_dead_letter(request).await.map(|_| ())
     }
 
     /// Throws a dead letter away.
     pub async fn drop_dead_letter(&self, number: u64) -> Result<(), tonic::Status> {
-        self.admin.clone().drop_dead_letter(DropDeadLetterRequest { number }).await.map(|_| ())
+        self.admin()?.drop_dead_letter(DropDeadLetterRequest { number }).await.map(|_| ())
     }
 }
 

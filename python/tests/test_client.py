@@ -10,7 +10,7 @@ import threading
 import time
 
 import pytest
-from client_support import GATE, PATIENCE, Server, gate, server  # noqa: F401
+from client_support import GATE, PATIENCE, Server, gate, run_program, server  # noqa: F401
 
 from forkring import aio
 from forkring.client import Client, Code, Error, Work
@@ -474,3 +474,10 @@ def test_a_missing_grpc_is_said_with_what_to_do():
     """
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
     assert "ImportError: forkring's clients need grpcio and protobuf: pip install 'forkring[client]'" in ended.stderr
+
+
+def test_the_example_that_follows_updates():
+    with Server("--pool", "sha256:1=sha256") as server:
+        ended = run_program("../../examples/python/follow_updates.py", server.address)
+    assert ended.returncode == 0, ended.stdout
+    assert ended.stdout.startswith("1000 items submitted, 1000 results followed, in ")
