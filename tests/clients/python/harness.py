@@ -35,7 +35,8 @@ class Server:
         self._terminated = False
         self._log = tempfile.TemporaryFile(mode="w+")
         # The kernel ends it if this process dies; settings of the machine's owner are not its own.
-        command = [BINARY, "serve", "--name", self.name, "--listen", "127.0.0.1:0", "--parent", str(os.getpid())]
+        listen = [] if "--listen" in arguments else ["--listen", "127.0.0.1:0"]
+        command = [BINARY, "serve", "--name", self.name, *listen, "--parent", str(os.getpid())]
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FORKRING_")}
         self.process = subprocess.Popen(
             [*command, *arguments],
