@@ -33,13 +33,12 @@ mod letters;
 mod owner;
 mod pins;
 mod record;
+mod view;
 
 use std::{
-    fs::File,
     io,
-    mem::{align_of, offset_of, size_of},
+    mem::{offset_of, size_of},
     os::fd::AsFd,
-    slice,
     sync::atomic::{
         AtomicBool, AtomicU32, AtomicU64,
         Ordering::{Acquire, Relaxed, Release, SeqCst},
@@ -48,7 +47,6 @@ use std::{
     time::Duration,
 };
 
-use memmap2::{Advice, MmapOptions, MmapRaw};
 use raw_sync::{
     Timeout,
     events::{BusyEvent, EventImpl, EventInit, EventState},
@@ -76,6 +74,7 @@ use crate::{
 };
 use layout::{BLOCK, PAGE};
 use pins::Pins;
+use view::{Access, View};
 
 /// Changes when the meaning of anything in the segment does.
 pub const ABI: u32 = 3;
@@ -164,69 +163,6 @@ struct Door {
     sleeping: [AtomicU64; 1],
     /// Nonzero: a return ring was full, so the front must look through its items. Set by workers, cleared by the front.
     rescan: AtomicU64,
-}
-
-/// Types that may be looked at in shared memory: every bit pattern is a value, and every field is an atomic.
-///
-/// # Safety
-///
-/// The type must be `repr(C)` of atomics only.
-unsafe trait Shared {}
-// SAFETY: all of these are, or are made of, atomics.
-unsafe impl Shared for Header {}
-// SAFETY: as above.
-unsafe impl Shared for identity::PoolLine {}
-// SAFETY: as above.
-unsafe impl Shared for Registration {}
-// SAFETY: as above.
-unsafe impl Shared for Door {}
-// SAFETY: as above.
-unsafe impl Shared for ItemRecord {}
-// SAFETY: as above.
-unsafe impl Shared for letters::Counts {}
-// SAFETY: as above.
-unsafe impl Shared for letters::Entry {}
-// SAFETY: as above.
-unsafe impl Shared for AtomicU64 {}
-
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Access {
-    Read,
-    Write,
-}
-
-/// A mapping of a page-aligned part of the object.
-#[derive(Debug)]
-struct View {
-    map: MmapRaw,
-}
-
-impl View {
-    fn map(object: &impl AsFd, offset: u64, len: u64, access: Access) -> io::Result<Self> {
-        let file = File::from(object.as_fd().try_clone_to_owned()?);
-        let mut options = MmapOptions::new();
-        options.offset(offset).len(usize::try_from(len).map_err(io::Error::other)?);
-        let map = match access {
-            Access::Read => options.map_raw_read_only(&file)?,
-            Access::Write => options.map_raw(&file)?,
-        };
-        map.advise(Advice::DontFork)?;
-        Ok(View { map })
-    }
-
-    fn slice<T: Shared>(&self, offset: u64, len: usize) -> &[T] {
-        let offset = offset as usize;
-        assert!(offset.is_multiple_of(align_of::<T>()), "misaligned");
-        let end = size_of::<T>().checked_mul(len).and_then(|bytes| bytes.checked_add(offset));
-        assert!(end.is_some_and(|end| end <= self.map.len()), "outside of the view");
-        // SAFETY: in bounds and aligned (the mapping is page-aligned), as just checked; the memory lives as long as
-        // `self`; `Shared` types are valid for any bits and may be changed by others while we look.
-        unsafe { slice::from_raw_parts(self.map.as_ptr().add(offset).cast(), len) }
-    }
-
-    fn at<T: Shared>(&self, offset: u64) -> &T {
-        &self.slice(offset, 1)[0]
-    }
 }
 
 /// One process's views of the segment.
