@@ -28,6 +28,9 @@ Examples:
   forkring dead requeue 7                   once the handler is mended: submit it again
   forkring dead drop --all                  throw all away")]
 pub struct DeadArgs {
+    #[command(flatten)]
+    addr: Addr,
+
     #[command(subcommand)]
     command: Command,
 }
@@ -44,11 +47,8 @@ enum Command {
 #[derive(Debug, Args)]
 #[command(after_help = "\
 A line has number, time, pool, the client's id, bytes of payload, and how the last of its workers died.
-On stderr: how many letters have been dropped to make room for others, if any.")]
+On stderr: that there are none; how many letters have been dropped to make room for others, if any.")]
 struct ListArgs {
-    #[command(flatten)]
-    addr: Addr,
-
     /// Print one JSON object a line
     #[arg(long)]
     json: bool,
@@ -64,9 +64,6 @@ Examples:
 struct ShowArgs {
     /// The letter's number
     number: u64,
-
-    #[command(flatten)]
-    addr: Addr,
 
     /// Write the payload there and nothing else; `-` is stdout
     #[arg(long, value_name = "FILE")]
@@ -89,9 +86,6 @@ if it came by Call or Process, to --subscription. The letter goes once its item 
 struct RequeueArgs {
     #[command(flatten)]
     letters: Numbers,
-
-    #[command(flatten)]
-    addr: Addr,
 
     /// Whose updates the results become of items that were not submitted
     #[arg(long, value_name = "NAME", default_value = "")]
@@ -126,18 +120,18 @@ struct Numbers {
 
 /// Runs the command that was named.
 pub fn run(args: DeadArgs) -> anyhow::Result<()> {
-    match args.command {
-        Command::List(args) => args.addr.run(async |client| list(&args, &client).await),
-        Command::Show(args) => args.addr.run(async |client| show(&args, &client).await),
-        Command::Requeue(args) => args.addr.run(async |client| {
+    args.addr.run(async |client| match &args.command {
+        Command::List(args) => list(args, &client).await,
+        Command::Show(args) => show(args, &client).await,
+        Command::Requeue(args) => {
             let requeue = async |number| client.requeue_dead_letter(number, &args.subscription).await;
             each(&client, &args.letters, "requeued", requeue).await
-        }),
-        Command::Drop(args) => args.addr.run(async |client| {
+        }
+        Command::Drop(args) => {
             let drop = async |number| client.drop_dead_letter(number).await;
             each(&client, &args.letters, "dropped", drop).await
-        }),
-    }
+        }
+    })
 }
 
 fn failed(status: tonic::Status) -> anyhow::Error {
@@ -145,14 +139,25 @@ fn failed(status: tonic::Status) -> anyhow::Error {
 }
 
 async fn list(args: &ListArgs, client: &Client) -> anyhow::Result<()> {
+    let mut none = true;
     let dropped = every(client, |letter| {
+        none = false;
         if args.json { print_json(&LetterLine::of(&letter)) } else { print(format!("{}\n", line(&letter))) }
     });
-    match dropped.await? {
+    let dropped = dropped.await?;
+    if none && !args.json {
+        say_none();
+    }
+    match dropped {
         0 => {}
         dropped => say(format_args!("{dropped} older letters were dropped to make room (--dead-letters)")),
     }
     Ok(())
+}
+
+/// On stderr, so that a program that reads the list sees an empty one.
+fn say_none() {
+    say("there are no dead letters");
 }
 
 /// Hands out all letters, page by page; how many were dropped for room.
@@ -201,6 +206,9 @@ async fn each(
             Ok(())
         };
         every(client, push).await?;
+        if numbers.is_empty() {
+            say_none();
+        }
     }
     let mut failures = Vec::new();
     for &number in &numbers {

@@ -143,11 +143,11 @@ fn print_json(value: &impl serde::Serialize) -> anyhow::Result<()> {
     print(format!("{}\n", serde_json::to_string(value)?))
 }
 
-/// Where the server is.
+/// Where the server is. Global, so that it may come before or after a command of a command.
 #[derive(Debug, clap::Args)]
 struct Addr {
     /// The server: HOST:PORT or http://HOST:PORT
-    #[arg(long, env = "FORKRING_ADDR", default_value = "http://127.0.0.1:50051")]
+    #[arg(long, env = "FORKRING_ADDR", default_value = "http://127.0.0.1:50051", global = true)]
     addr: String,
 }
 

@@ -13,9 +13,10 @@ pub enum SegmentError {
     #[error(
         "/dev/shm is too small: the server needs {need} MiB of shared memory and {free} of {size} MiB are free. \
          Give it more (Docker's default is 64 MiB: --shm-size=1g; elsewhere: mount -o remount,size=1g /dev/shm), \
-         or ask for less with --arena and --max-message, --workers or --capacity"
+         or ask for less with --arena and --max-message, {}--workers or --capacity",
+        if *letters { "--dead-letters, " } else { "" }
     )]
-    NoSpace { need: u64, free: u64, size: u64 },
+    NoSpace { need: u64, free: u64, size: u64, letters: bool },
     #[error("the name `{name}` is in use by a live server{}. Stop it, or give this one another --name", of(*pid))]
     InUse { name: String, pid: Option<NonZeroU32> },
     #[error(

@@ -231,7 +231,8 @@ impl Taking<'_> {
                     let mib = |blocks: u64, size: u64| (blocks * size) >> 20;
                     let fs = statvfs(DIRECTORY).map_err(|e| self.io("reserve")(e.into()))?;
                     let (free, size) = (mib(fs.f_bavail, fs.f_frsize), mib(fs.f_blocks, fs.f_frsize));
-                    return Err(SegmentError::NoSpace { need: self.layout.total.div_ceil(1 << 20), free, size });
+                    let (need, letters) = (self.layout.total.div_ceil(1 << 20), self.layout.letter_slots() > 0);
+                    return Err(SegmentError::NoSpace { need, free, size, letters });
                 }
                 Err(error) => return Err(self.io("reserve the memory of")(error.into())),
             }
@@ -495,9 +496,12 @@ mod tests {
     fn more_than_there_is_says_how_much() {
         let Path(name, _path) = &path("huge");
         let fs = statvfs(DIRECTORY).unwrap();
-        let geometry = Geometry { request_bytes: fs.f_blocks * fs.f_frsize + (1 << 30), ..GEOMETRY };
-        let error = SegmentOwner::create(name, geometry).err().unwrap();
-        assert!(matches!(error, SegmentError::NoSpace { .. }), "{error}");
+        let huge = Geometry { request_bytes: fs.f_blocks * fs.f_frsize + (1 << 30), ..GEOMETRY };
+        for (letter_bytes, named) in [(0, false), (1 << 16, true)] {
+            let error = SegmentOwner::create(name, Geometry { letter_bytes, ..huge }).err().unwrap();
+            assert!(matches!(error, SegmentError::NoSpace { letters, .. } if letters == named), "{error}");
+            assert_eq!(error.to_string().contains("--dead-letters"), named, "{error}");
+        }
         assert!(inspect(name).is_err(), "nothing is left behind");
     }
 }
