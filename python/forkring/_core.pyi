@@ -55,6 +55,9 @@ class Item:
         It, or a view of it, or None for all of it, is what the handler then returns, and is sent with no copy.
         """
 
+def descriptor_set() -> bytes:
+    """The compiled protos with all that they import: a serialised `google.protobuf.FileDescriptorSet`."""
+
 def late_views() -> int:
     """How many payloads of this worker were kept after their handlers had returned."""
 

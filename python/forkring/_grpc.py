@@ -34,6 +34,14 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
+try:
+    # Not the import of grpc itself, which each process does for itself.
+    _missing = importlib.util.find_spec("grpc") is None or importlib.util.find_spec("google.protobuf") is None
+except ModuleNotFoundError:
+    _missing = True
+if _missing:
+    raise ImportError("forkring's clients need grpcio and protobuf: pip install 'forkring[client]'")
+
 _PACKAGE = "grpc"
 _EXTENSION = "grpc._cython.cygrpc"
 # grpc imports them if they are there, for names that we do not use; they would import the program's own grpc.

@@ -201,7 +201,7 @@ def _code(number: int) -> Code:
 
 
 def _error_of_status(status: Any) -> Error:
-    return Error(_code(status.code), status.reason, status.message, traceback=getattr(status, "traceback", ""))
+    return Error(_code(status.code), status.reason, status.message, traceback=status.traceback)
 
 
 def error_of(failed: Any) -> Error:

@@ -16,20 +16,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from importlib.util import find_spec
 from typing import Any
 
-from forkring import _grpc
-
-try:
-    # Not the import of grpc itself, which each process does for itself.
-    missing = find_spec("grpc") is None or find_spec("google.protobuf") is None
-except ModuleNotFoundError:
-    missing = True
-if missing:
-    raise ImportError("forkring's clients need grpcio and protobuf: pip install 'forkring[client]'")
-
-from forkring import _messages
+from forkring import _grpc, _messages
 from forkring._codes import Code
 from forkring._types import (
     DEFAULTS,

@@ -1,4 +1,5 @@
-//! The native half of the Python package `forkring`: the command line, and the worker's side of Python handlers.
+//! The native half of the Python package `forkring`: the command line, and the worker's side of Python handlers. The clients
+//! are Python over grpcio, and have only the protos from here.
 //!
 //! # What it promises
 //!
@@ -20,7 +21,7 @@ mod worker;
 mod _core {
     use std::{ffi::OsString, path::PathBuf};
 
-    use pyo3::prelude::*;
+    use pyo3::{prelude::*, types::PyBytes};
 
     #[pymodule_export]
     use super::{
@@ -34,5 +35,11 @@ mod _core {
     #[pyfunction]
     fn main(py: Python<'_>, arguments: Vec<OsString>, python: PathBuf) -> u8 {
         py.detach(|| forkring::cli::run(arguments, Some(python)))
+    }
+
+    /// The compiled protos with all that they import, as a serialised `FileDescriptorSet`: the clients' messages.
+    #[pyfunction]
+    fn descriptor_set(py: Python<'_>) -> Bound<'_, PyBytes> {
+        PyBytes::new(py, forkring::proto::DESCRIPTORS)
     }
 }

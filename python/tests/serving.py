@@ -1,8 +1,10 @@
-"""A server of Python handlers."""
+"""Servers of Python handlers."""
 
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,6 +13,14 @@ import harness
 from harness import PATIENCE
 
 APPS = Path(__file__).resolve().parent / "apps"
+FORKRING = str(Path(sys.executable).with_name("forkring"))
+
+
+def run(*arguments, folder):
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("FORKRING_")}
+    return subprocess.run(
+        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
+    )
 
 
 class App(harness.Server):
@@ -113,6 +123,46 @@ class App(harness.Server):
         assert [name for name in os.listdir("/dev/shm") if self.name in name] == []
         if self._quiet:
             assert log == ""
+
+
+class Started:
+    """A command that serves; it is drained in the end."""
+
+    def __init__(self, *command, folder, **variables):
+        self.log = open(folder / "log", "w+")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("FORKRING_")}
+        environment.update(FORKRING_ARENA="1MiB", FORKRING_MAX_MESSAGE="512KiB", PYTHONDONTWRITEBYTECODE="1", **variables)
+        self.process = subprocess.Popen(
+            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True
+        )
+        line = self.process.stdout.readline()
+        self.address = line.removeprefix("listening on ").strip()
+        self.folder = folder
+        if not line.startswith("listening on "):
+            self.process.wait()
+            raise RuntimeError((folder / "log").read_text())
+
+    def __enter__(self):
+        return self
+
+    def call(self, pool, text):
+        (self.folder / "input").write_text(text)
+        outcome = run(FORKRING, "call", "--addr", self.address, pool, "input", folder=self.folder)
+        assert outcome.returncode == 0, outcome.stderr
+        return outcome.stdout
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGINT)
+        try:
+            code = self.process.wait(PATIENCE)
+        except BaseException:
+            self.process.kill()
+            self.process.wait()
+            raise
+        finally:
+            self.process.stdout.close()
+            self.log.close()
+        assert code == 0, (self.folder / "log").read_text()
 
 
 def until(what, look):

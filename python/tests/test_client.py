@@ -6,11 +6,15 @@ import hashlib
 import queue
 import signal
 import socket
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 
 import pytest
-from client_support import GATE, PATIENCE, Server, gate, run_program, server  # noqa: F401
+from harness import GATE, PATIENCE, Server
+from programs import run_program
 
 from forkring import aio
 from forkring.client import Client, Code, Error, Work
@@ -459,21 +463,58 @@ def test_an_item_whose_fate_is_unknown_is_sent_again_only_if_it_is_idempotent(ma
     proxy.close()
 
 
-def test_a_missing_grpc_is_said_with_what_to_do():
-    import subprocess
-    import sys
+def python(program, *arguments):
+    """What a fresh interpreter says to a program."""
+    command = [sys.executable, "-c", textwrap.dedent(program), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
 
-    program = """if True:
-        import importlib.machinery, sys
-        class NoGrpc:
+
+@pytest.mark.parametrize("missing", ["grpc", "google.protobuf"])
+@pytest.mark.parametrize(
+    "use", ["import forkring.client", "from forkring import Client", "import forkring.aio", "import forkring; forkring.aio"]
+)
+def test_a_client_without_grpc_says_what_to_do(missing, use):
+    program = """
+        import sys
+        class Nothing:
             @staticmethod
             def find_spec(name, path=None, target=None):
-                if name == "grpc": sys.meta_path[:] = []
-        sys.meta_path.insert(0, NoGrpc)
-        import forkring.client
+                if name == sys.argv[1]:
+                    raise ModuleNotFoundError(name)
+        sys.meta_path.insert(0, Nothing)
+        import forkring
+        exec(sys.argv[2])
     """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=PATIENCE)
-    assert "ImportError: forkring's clients need grpcio and protobuf: pip install 'forkring[client]'" in ended.stderr
+    said = python(program, missing, use).stderr.splitlines()
+    assert said[-1] == "ImportError: forkring's clients need grpcio and protobuf: pip install 'forkring[client]'"
+    assert not [line for line in said if "During handling" in line]
+
+
+def test_the_package_loads_nothing_of_grpc_before_a_client_is_asked_for():
+    program = """
+        import sys
+        from forkring import *
+        import forkring, forkring._worker
+        assert not [name for name in sys.modules if name.partition(".")[0] in ("grpc", "google")]
+        assert forkring.Client is forkring.client.Client and forkring.aio.Client
+        assert "google.protobuf" in sys.modules
+        try:
+            forkring.nothing
+        except AttributeError as error:
+            print(error)
+    """
+    ended = python(program)
+    assert (ended.stdout, ended.stderr) == ("module 'forkring' has no attribute 'nothing'\n", "")
+
+
+def test_an_exception_of_a_handler_comes_with_its_traceback(make, serve):
+    with make(serve("failing.py:ways").address) as client:
+        error = error_of(lambda: client.call(b"own"))
+        assert (error.code, error.reason) == (Code.INTERNAL, "HANDLER_RAISED")
+        assert error.message == "failing.OutOfStock: of shoes"
+        assert "in deeper\n" in error.traceback and error.traceback.endswith(error.message)
+        (result,) = client.process([b"own"])
+        assert (result.error.message, result.error.traceback) == (error.message, error.traceback)
 
 
 def test_the_example_that_follows_updates():

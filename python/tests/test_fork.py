@@ -9,7 +9,8 @@ import subprocess
 import sys
 
 import pytest
-from client_support import PATIENCE, run_program, server  # noqa: F401
+from harness import PATIENCE
+from programs import run_program
 
 from forkring import aio
 from forkring.client import Client, Code, ForkError

@@ -4,20 +4,10 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from harness import PATIENCE
-
-FORKRING = str(Path(sys.executable).with_name("forkring"))
-
-
-def run(*arguments, folder):
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("FORKRING_")}
-    return subprocess.run(
-        arguments, cwd=folder, env=environment, capture_output=True, text=True, timeout=PATIENCE, stdin=subprocess.DEVNULL
-    )
-
+from serving import FORKRING, Started, run
 
 def refused(folder, handler, *says, source=None):
     if source is not None:
@@ -68,46 +58,6 @@ def test_what_is_no_handler_is_refused(tmp_path, source, says):
 def test_a_module_that_is_not_there_is_one_line(tmp_path):
     assert "Traceback" not in refused(tmp_path, "nowhere:handle", f"no module `nowhere` in {tmp_path} nor where Python")
     assert "Traceback" not in refused(tmp_path, "nowhere.py:handle", "there is no file nowhere.py")
-
-
-class Started:
-    """A command that serves; it is drained in the end."""
-
-    def __init__(self, *command, folder):
-        self.log = open(folder / "log", "w+")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("FORKRING_")}
-        environment.update(FORKRING_ARENA="1MiB", FORKRING_MAX_MESSAGE="512KiB", PYTHONDONTWRITEBYTECODE="1")
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=self.log, text=True
-        )
-        line = self.process.stdout.readline()
-        self.address = line.removeprefix("listening on ").strip()
-        self.folder = folder
-        if not line.startswith("listening on "):
-            self.process.wait()
-            raise RuntimeError((folder / "log").read_text())
-
-    def __enter__(self):
-        return self
-
-    def call(self, pool, text):
-        (self.folder / "input").write_text(text)
-        outcome = run(FORKRING, "call", "--addr", self.address, pool, "input", folder=self.folder)
-        assert outcome.returncode == 0, outcome.stderr
-        return outcome.stdout
-
-    def __exit__(self, *_):
-        self.process.send_signal(signal.SIGINT)
-        try:
-            code = self.process.wait(PATIENCE)
-        except BaseException:
-            self.process.kill()
-            self.process.wait()
-            raise
-        finally:
-            self.process.stdout.close()
-            self.log.close()
-        assert code == 0, (self.folder / "log").read_text()
 
 
 COMMON = "import os, sys\n\ndef shout(item):\n    return bytes(item.payload).upper()\n"

@@ -33,7 +33,7 @@ class Server:
     def __init__(self, *arguments):
         self.name = f"clients-{os.getpid()}-{next(_serial):03}"
         self._terminated = False
-        self._log = tempfile.TemporaryFile(mode="w+")
+        self._log = tempfile.TemporaryFile()
         # The kernel ends it if this process dies; settings of the machine's owner are not its own.
         listen = [] if "--listen" in arguments else ["--listen", "127.0.0.1:0"]
         command = [BINARY, "serve", "--name", self.name, *listen, "--parent", str(os.getpid())]
@@ -53,8 +53,9 @@ class Server:
         self.address = line.removeprefix("listening on ").strip()
 
     def log(self):
-        self._log.seek(0)
-        return self._log.read()
+        # Not by seek and read: its place in the file is the server's, too.
+        file = self._log.fileno()
+        return os.pread(file, os.fstat(file).st_size, 0).decode()
 
     def channel(self, *options, **named):
         return grpc.insecure_channel(self.address, options=[*ANY_SIZE, *options], **named)
