@@ -19,18 +19,18 @@ from forkring._core import Item, Payload, Reply, late_views
 from forkring._errors import Abort
 from forkring._serve import serve
 
-if TYPE_CHECKING:
-    from forkring import aio as aio
-    from forkring.client import Client as Client
-
 # Not the clients: who imports all of this must not need grpcio.
 __all__ = ["Abort", "Code", "Item", "Payload", "Reply", "late_views", "serve"]
 
+if TYPE_CHECKING:
+    from forkring import aio as aio
+    from forkring.client import Client as Client
+else:
 
-def __getattr__(name: str) -> Any:
-    # Handlers' processes never ask for them, and so load nothing of gRPC.
-    if name == "Client":
-        return importlib.import_module("forkring.client").Client
-    if name == "aio":
-        return importlib.import_module("forkring.aio")
-    raise AttributeError(f"module 'forkring' has no attribute {name!r}")
+    def __getattr__(name: str) -> Any:
+        # Handlers' processes never ask for them, and so load nothing of gRPC.
+        if name == "Client":
+            return importlib.import_module("forkring.client").Client
+        if name == "aio":
+            return importlib.import_module("forkring.aio")
+        raise AttributeError(f"module 'forkring' has no attribute {name!r}")

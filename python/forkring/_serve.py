@@ -46,10 +46,11 @@ def _spec(handler: Callable[..., Any]) -> tuple[str, str]:
         raise TypeError(f"{handler!r} cannot be imported by workers: a handler is a function or class of a module")
     if module == "__main__":
         main_module = sys.modules["__main__"]
-        if getattr(main_module, "__spec__", None) is not None:
-            module = main_module.__spec__.name
-        elif getattr(main_module, "__file__", None):
-            module = os.path.abspath(main_module.__file__)
+        imported_as, file = getattr(main_module, "__spec__", None), getattr(main_module, "__file__", None)
+        if imported_as is not None:
+            module = imported_as.name
+        elif file:
+            module = os.path.abspath(file)
         else:
             raise TypeError(f"`{attribute}` cannot be imported by workers: put it in a file")
     return f"{module}:{attribute}", attribute.rpartition(".")[2]

@@ -10,6 +10,7 @@ import difflib
 import importlib
 import importlib.util
 import inspect
+import io
 import os
 import signal
 import sys
@@ -65,7 +66,7 @@ def load_file(path: str) -> ModuleType:
     return module
 
 
-def handler_of(target: Any, spec: str) -> Callable[[], Callable[[Any], Any]]:
+def handler_of(target: Any, spec: str) -> Callable[[], Any]:
     """How to make the worker's handler of what was named. Raises BadHandler."""
     if not callable(target):
         raise BadHandler(f"`{spec}` is a {type(target).__name__}: a handler is a function or class")
@@ -76,7 +77,7 @@ def handler_of(target: Any, spec: str) -> Callable[[], Callable[[Any], Any]]:
         takes(target, (), f"`{spec}` is made once per worker, with no arguments")
         takes(call, (None, None), f"`{spec}` is called with one argument, the item")
         refuse_others(call, spec)
-        return lambda: target()
+        return target
     takes(target, (None,), f"`{spec}` is called with one argument, the item")
     refuse_others(target, spec)
     return lambda: target
@@ -111,7 +112,7 @@ def take_signals() -> None:
     They come blocked. Programs that the handler starts should get them, so they are unblocked here and do nothing, unless
     the handler's module has its own use for them.
     """
-    ours = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
+    ours: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     for number, default in ours.items():
         if signal.getsignal(number) is default:
             signal.signal(number, _ignore)
@@ -138,7 +139,8 @@ def main(arguments: list[str]) -> int:
             return 0
         take_signals()
         # What a handler prints is a server's log: it should not wait until there is more.
-        sys.stdout.reconfigure(line_buffering=True)
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(line_buffering=True)
         handler = make()
     except BadHandler as error:
         print(f"forkring: {error}", file=sys.stderr)
