@@ -19,7 +19,10 @@
 //! and was freed; its client ignores it.
 #![allow(unsafe_code)]
 
-use std::slice;
+use std::{
+    slice,
+    sync::atomic::{AtomicU64, Ordering::Relaxed},
+};
 
 use offset_allocator::{Allocation, Allocator};
 
@@ -204,6 +207,24 @@ impl Segment {
         // SAFETY: in bounds, in the writable view of this process, which is the partition's only writer; blocks do not
         // overlap and this one is borrowed mutably, so there is no other reference.
         Some(unsafe { slice::from_raw_parts_mut(at, len as usize) })
+    }
+
+    /// Copies bytes of a result that may not be one any more: if its worker has died and a successor has come, the copy is of
+    /// whatever there is, and for the caller to throw away. They begin at a multiple of 8.
+    pub(crate) fn copy_result(&self, worker: u16, offset: u64, into: &mut [u8]) -> bool {
+        // Partitions are whole pages, so that the word of the last byte is inside if the byte is.
+        let Some(at) = self.result(worker, offset, into.len() as u64) else { return false };
+        if !offset.is_multiple_of(8) {
+            return false;
+        }
+        for (n, piece) in into.chunks_mut(8).enumerate() {
+            // SAFETY: the word is inside the view and aligned, as just checked, and lives as long as `self`. Whoever may write
+            // it meanwhile is another process, and all that is done with it here is an atomic load, which read-only
+            // memory allows.
+            let word = unsafe { AtomicU64::from_ptr(at.cast::<u64>().add(n)) };
+            piece.copy_from_slice(&word.load(Relaxed).to_ne_bytes()[..piece.len()]);
+        }
+        true
     }
 
     /// Looks at a result's bytes: by the front between DONE and FREE.

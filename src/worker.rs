@@ -88,49 +88,43 @@ fn handle<'s>(
     max_result: usize,
 ) -> u64 {
     let failed = |worker: &mut Worker<'s>, claimed: Claimed<'s>, failure: Failure| {
-        let mut reply = worker.reply(&claimed, usize::MAX);
-        let text = failure.encode();
-        if reply.write(&text).is_err() {
-            // No room for the long version.
-            reply.clear();
-            let _ = reply.write(&text[..text.len().min(crate::segment::INLINE)]);
-        }
         let done = now();
-        reply.complete(claimed, failure.code.into(), began, done);
+        worker.reply(&claimed, max_result).fail(claimed, &failure, began, done);
         done
     };
-    if (1..=began).contains(&claimed.deadline()) {
-        return failed(worker, claimed, Failure::deadline());
-    }
-    if claimed.is_cancelled() {
-        return failed(worker, claimed, Failure::cancelled());
+    if let Some(failure) = refusal(&claimed, began) {
+        return failed(worker, claimed, failure);
     }
     let Some((item, mut reply)) = worker.open(&claimed, max_result) else {
-        return failed(
-            worker,
-            claimed,
-            Failure::new(Code::Internal, "MALFORMED_ITEM", "the request is not in its arena"),
-        );
+        return failed(worker, claimed, malformed());
     };
     // The handler may leave its own state inconsistent when it panics; that is the same trade as a thread pool's.
     let outcome = panic::catch_unwind(AssertUnwindSafe(|| handler.handle(&item, &mut reply)));
     crash_point!("worker.handled");
     drop(item);
+    let done = now();
     match outcome {
-        Ok(Ok(())) => {
-            let done = now();
-            reply.complete(claimed, 0, began, done);
-            done
-        }
-        Ok(Err(failure)) => {
-            drop(reply);
-            failed(worker, claimed, failure)
-        }
+        Ok(Ok(())) => reply.complete(claimed, 0, began, done),
+        Ok(Err(failure)) => reply.fail(claimed, &failure, began, done),
         Err(panic) => {
-            drop(reply);
-            failed(worker, claimed, Failure::new(Code::Internal, "HANDLER_PANICKED", panic_message(&*panic)))
+            let failure = Failure::new(Code::Internal, "HANDLER_PANICKED", panic_message(&*panic));
+            reply.fail(claimed, &failure, began, done);
         }
     }
+    done
+}
+
+/// Why an item that was claimed at `began` does not reach the handler, if it does not.
+pub(crate) fn refusal(claimed: &Claimed<'_>, began: u64) -> Option<Failure> {
+    if (1..=began).contains(&claimed.deadline()) {
+        return Some(Failure::deadline());
+    }
+    claimed.is_cancelled().then(Failure::cancelled)
+}
+
+/// Of an item that cannot be opened.
+pub(crate) fn malformed() -> Failure {
+    Failure::new(Code::Internal, "MALFORMED_ITEM", "the request is not in its arena")
 }
 
 fn panic_message(panic: &(dyn Any + Send)) -> String {

@@ -216,12 +216,14 @@ fn lend(reply: &mut dispatch::Reply<'_, '_>, len: usize) -> Result<Reply, ReplyE
 /// The exception that fails the item as a Rust handler's would.
 fn no_room(py: Python<'_>, error: ReplyError) -> PyErr {
     static ABORT: PyOnceLock<Py<PyType>> = PyOnceLock::new();
-    let reason = match error {
-        ReplyError::TooLarge { .. } => "RESULT_TOO_LARGE",
-        ReplyError::NoRoom => "RESULTS_FULL",
+    let (code, reason) = match error {
+        ReplyError::TooLarge { .. } => ("RESOURCE_EXHAUSTED", "RESULT_TOO_LARGE"),
+        ReplyError::NoRoom => ("RESOURCE_EXHAUSTED", "RESULTS_FULL"),
+        ReplyError::Cancelled => ("CANCELLED", "CANCELLED"),
+        ReplyError::Expired => ("DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED"),
     };
     match ABORT.import(py, "forkring", "Abort") {
-        Ok(abort) => match abort.call1(("RESOURCE_EXHAUSTED", error.to_string(), reason)) {
+        Ok(abort) => match abort.call1((code, error.to_string(), reason)) {
             Ok(abort) => PyErr::from_value(abort),
             Err(error) => error,
         },

@@ -89,8 +89,9 @@ fn suffix(text: &str, most: usize) -> &str {
 }
 
 /// Any error of a handler is `INTERNAL` with reason `HANDLER_FAILED`; but a result that is too large, however deep in
-/// the error's sources that is, is `RESOURCE_EXHAUSTED` with reason `RESULT_TOO_LARGE`, and one that has no room
-/// `RESULTS_FULL`.
+/// the error's sources that is, is `RESOURCE_EXHAUSTED` with reason `RESULT_TOO_LARGE`, one that has no room
+/// `RESULTS_FULL`, and one that nobody waits for `CANCELLED` or
+/// `DEADLINE_EXCEEDED`.
 impl<E: Error + 'static> From<E> for Failure {
     fn from(error: E) -> Self {
         let mut cause: Option<&(dyn Error + 'static)> = Some(&error);
@@ -100,6 +101,8 @@ impl<E: Error + 'static> From<E> for Failure {
             let reason = match reply {
                 Some(ReplyError::TooLarge { .. }) => Some("RESULT_TOO_LARGE"),
                 Some(ReplyError::NoRoom) => Some("RESULTS_FULL"),
+                Some(ReplyError::Cancelled) => return Failure::cancelled(),
+                Some(ReplyError::Expired) => return Failure::deadline(),
                 None => None,
             };
             if let (Some(reply), Some(reason)) = (reply, reason) {
@@ -138,5 +141,6 @@ mod tests {
         let large = ReplyError::TooLarge { len: 2, most: 1 };
         assert_eq!(Failure::from(large).reason, "RESULT_TOO_LARGE");
         assert_eq!(Failure::from(std::io::Error::from(large)).reason, "RESULT_TOO_LARGE");
+        assert_eq!(Failure::from(std::io::Error::from(ReplyError::Cancelled)), Failure::cancelled());
     }
 }

@@ -6,18 +6,23 @@
 //! A worker can write over the item table, so what is private decides: an item's word is believed as far as it may have come
 //! of what was offered, and an item whose word may not is failed.
 
+mod stream;
 mod takeover;
 
 use std::{
     cmp::Reverse,
+    collections::VecDeque,
     sync::{Arc, atomic::Ordering::*},
 };
 
+pub use stream::{Broken, Partial};
 pub use takeover::Adopted;
 
 use super::{
     Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, mend,
-    request::{Kind, Offer, OfferError, Request, SUBMIT, extra_bytes, is_submitted, request_spans, share},
+    request::{
+        Kind, Offer, OfferError, Request, extra_bytes, is_submitted, kind_word, request_spans, share, subscription_len,
+    },
     wake, wake_worker,
 };
 use crate::{
@@ -70,6 +75,7 @@ struct Known {
     payload_len: u32,
     request: Option<Memory>,
     extra: Option<Memory>,
+    stream: Option<stream::Taken>,
 }
 
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -102,6 +108,8 @@ pub struct Front<'s> {
     cursor: usize,
     /// Items that were found DONE by a scan.
     found: Vec<u32>,
+    /// Items that have partial results.
+    noticed: VecDeque<u32>,
     /// Items that are READY and may have no hint.
     unhinted: Vec<u32>,
     /// Counts what was freed.
@@ -113,7 +121,7 @@ pub struct Front<'s> {
 impl Known {
     const fn unused() -> Self {
         let word = Word::new(0, 0, 0, Phase::Free, 0);
-        Known { state: State::Free, word, id: 0, payload_len: 0, request: None, extra: None }
+        Known { state: State::Free, word, id: 0, payload_len: 0, request: None, extra: None, stream: None }
     }
 }
 
@@ -215,8 +223,7 @@ impl<'s> Front<'s> {
         record.id.store(offer.id, Relaxed);
         record.offered.store(offer.offered, Relaxed);
         record.deadline.store(offer.deadline, Relaxed);
-        let submit = if offer.kind == Kind::Submit { SUBMIT } else { 0 };
-        record.kind.store(submit | offer.subscription.len() as u32, Relaxed);
+        record.kind.store(kind_word(offer.kind, offer.subscription.len()), Relaxed);
         crash_point!("offer.filled");
 
         let lane = super::lane_of(offer.pool, offer.priority);
@@ -239,6 +246,7 @@ impl<'s> Front<'s> {
         known.state = State::Waiting;
         known.word = ready;
         known.id = offer.id;
+        known.stream = (offer.kind == Kind::Stream).then(|| stream::Taken::none_of(ready));
         known.payload_len = request.len as u32;
         if let Some(block) = extra {
             known.extra = Some(Memory::Own(block));
@@ -335,6 +343,9 @@ impl<'s> Front<'s> {
             let state = known.state;
             let is_damaged = !word.follows(known.word);
             if matches!(state, State::Free | State::Held) || !is_damaged && word.phase() != Phase::Done {
+                if state == State::Waiting && known.stream.is_some() {
+                    self.notice(index);
+                }
                 continue;
             }
             known.state = State::Held;
@@ -402,6 +413,7 @@ impl<'s> Front<'s> {
                     known.state = State::Waiting;
                     self.cancel(index);
                 }
+                (Phase::Claimed, State::Waiting) if known.stream.is_some() => self.notice(index),
                 // It is nobody's: let nobody take it for his.
                 (Phase::Ready | Phase::Claimed | Phase::Done, State::Free) => {
                     word.discarded().store(&record.word, word);
@@ -484,15 +496,22 @@ impl<'s> Front<'s> {
             return;
         }
         let free = if word.follows(known.word) { word.with(Phase::Free, 0) } else { known.word.discarded() };
-        let in_arena = record.result_len.load(Relaxed) as usize > INLINE;
+        let in_arena = known.stream.is_some() || record.result_len.load(Relaxed) as usize > INLINE;
         free.store(&record.word, word);
         crash_point!("release.freed");
-        if in_arena && u32::from(word.owner()) < self.segment.geometry().workers {
+        if in_arena {
             // It may wait for room in its result arena.
-            wake(self.segment, &self.bells, Slot::Worker(word.owner()));
+            self.wake_worker(word);
             crash_point!("release.told");
         }
         self.forget(index);
+    }
+
+    /// Wakes the worker that has an item, if it sleeps at its door.
+    fn wake_worker(&self, word: Word) {
+        if u32::from(word.owner()) < self.segment.geometry().workers {
+            wake(self.segment, &self.bells, Slot::Worker(word.owner()));
+        }
     }
 
     /// Takes an offered item back if no worker has claimed it: then it never runs. If one has, its handler can see
@@ -517,6 +536,7 @@ impl<'s> Front<'s> {
                 Phase::Claimed => {
                     record.cancel(word.generation());
                     crash_point!("cancel.flagged");
+                    self.wake_worker(word);
                     // If its worker died meanwhile and it was given back, cancel it again.
                     if Word::load(&record.word).generation() == word.generation() {
                         return;
@@ -532,6 +552,7 @@ impl<'s> Front<'s> {
     fn forget(&mut self, index: u32) {
         let known = &mut self.known[(index - self.first) as usize];
         known.state = State::Free;
+        known.stream = None;
         if let Some(memory) = known.request.take() {
             self.arena.give_back(memory);
         }

@@ -18,6 +18,7 @@
 //! |---|---|---|
 //! | request | front | FREE (before READY is stored) |
 //! | result | the claiming worker; the supervisor after the worker's death | CLAIMED (before DONE is stored) |
+//! | slots of partial results, there | the claiming worker fills, the front empties | CLAIMED; the front also while DONE |
 //! | word | see [`Word`] | |
 
 mod adopt;
@@ -26,6 +27,9 @@ mod front;
 mod letters;
 mod mend;
 pub mod metadata;
+mod open;
+mod output;
+mod partial;
 mod reply;
 mod request;
 mod sweep;
@@ -34,10 +38,12 @@ mod worker;
 
 pub use adopt::{Left, adopt};
 pub use failure::Failure;
-pub use front::{Adopted, Completion, Front, Outcome};
+pub use front::{Adopted, Broken, Completion, Front, Outcome, Partial};
 pub use letters::{DeadLetters, Death};
 pub use mend::mend;
-pub use reply::{Hold, Reply, ReplyError};
+pub use open::Open;
+pub use output::{Credit, Hold};
+pub use reply::{Reply, ReplyError};
 pub use request::{Kind, Offer, OfferError, Request};
 pub use sweep::{Swept, sweep_front, sweep_worker};
 pub use word::{Phase, SUPERVISOR, Word};

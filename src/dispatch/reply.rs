@@ -1,53 +1,17 @@
-//! Results: memory for them, their bytes, and the completion of their items.
-//!
-//! A result block may be used again when its item's word is no longer what it was completed with; the front wakes a
-//! worker that waits for that.
+//! Replies: a result while its handler writes it.
 
-use std::{
-    collections::VecDeque,
-    io,
-    sync::{Arc, atomic::Ordering::*},
-    time::{Duration, Instant},
-};
+use std::{cell::RefCell, io, sync::atomic::Ordering::Relaxed};
 
 use super::{
-    Bells, Claimed, Phase, Word,
-    request::{self, Line},
-    wake,
+    Claimed, Failure, Kind,
+    output::{Credit, Hold, Output, Target},
+    partial::LEAD,
+    request::Line,
 };
 use crate::{
-    arena::{Block, Memory, Partition, Span},
-    crash_point::crash_point,
-    ring::Producer,
-    segment::{INLINE, Segment, Slot, Stage},
+    arena::{Block, Memory},
+    segment::INLINE,
 };
-
-/// A result that the front may still look at.
-#[derive(Debug)]
-struct Kept {
-    index: u32,
-    /// With what it was completed: the memory is free again when the item's word is another.
-    word: Word,
-    memory: Memory,
-    hold: Option<Hold>,
-    /// Its bytes if it is a submitted item's, else 0.
-    submitted_bytes: u64,
-}
-
-/// Keeps a result's memory from being used again: for a handler in another language, whose views of it nobody can end.
-/// Late writes change at worst the bytes of the very result.
-#[derive(Clone, Debug, Default)]
-pub struct Hold(Arc<()>);
-
-impl Hold {
-    /// Whether somebody else has it, too. Not by the count alone: what the others did before they let go is over.
-    fn is_shared(&mut self) -> bool {
-        Arc::get_mut(&mut self.0).is_none()
-    }
-}
-
-/// How long a worker waits for room while none of its results is fetched.
-const ROOM_PATIENCE: Duration = Duration::from_secs(5);
 
 /// Why there is no memory for a result.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -63,346 +27,280 @@ pub enum ReplyError {
     /// The worker's earlier results are in the way, and nobody fetches them.
     #[error("there is no room for the result: the worker's earlier results wait for their subscribers (--arena)")]
     NoRoom,
+    /// Nobody waits for the item's results any more, so that no partial one is taken.
+    #[error("the item was cancelled by its client")]
+    Cancelled,
+    /// The same, because the item's deadline has passed.
+    #[error("the item's deadline has passed")]
+    Expired,
 }
 
 impl From<ReplyError> for io::Error {
     fn from(error: ReplyError) -> Self {
-        io::Error::new(io::ErrorKind::StorageFull, error)
+        let kind = match error {
+            ReplyError::Cancelled | ReplyError::Expired => io::ErrorKind::BrokenPipe,
+            ReplyError::TooLarge { .. } | ReplyError::NoRoom => io::ErrorKind::StorageFull,
+        };
+        io::Error::new(kind, error)
     }
 }
 
-/// Where a worker's results go.
-pub(super) struct Output<'s> {
-    segment: &'s Segment,
-    bells: Arc<Bells>,
-    number: u16,
-    /// To each front.
-    producers: Vec<Producer<'s>>,
-    arena: Partition,
-    /// Results that the front may still look at, oldest first.
-    results: VecDeque<Kept>,
-    /// Memory that is nobody's result any more, but held.
-    held: Vec<(Memory, Hold)>,
-    /// Bytes of those that are submitted items', which may have to wait long for a subscriber.
-    submitted_bytes: u64,
-    /// Since when none of them was fetched while room was waited for.
-    standstill: Option<Instant>,
+/// What there is of a result: where it is, if it is not in its line, and what it is for.
+pub(super) struct Draft<'s> {
+    target: Target<'s>,
+    most: usize,
+    len: usize,
+    block: Option<Block>,
+    hold: Option<Hold>,
+    /// How many partial results were sent.
+    sent: u32,
 }
 
-impl<'s> Output<'s> {
-    /// Takes over from whoever had the worker's slot before: results that were completed and that the front has not
-    /// released yet stay where they are.
-    pub fn resume(segment: &'s Segment, bells: Arc<Bells>, number: u16) -> Self {
-        let geometry = segment.geometry();
-        let mut results = VecDeque::new();
-        let mut used = Vec::new();
-        for index in 0..geometry.items {
-            let record = segment.item(index);
-            let word = Word::load(&record.word);
-            let len = u64::from(record.result_len.load(Relaxed));
-            if word.phase() == Phase::Done && word.owner() == number && len > INLINE as u64 {
-                let span = Span { offset: record.result_offset.load(Relaxed), len };
-                used.push(span);
-                let submitted_bytes = if request::is_submitted(record) { len } else { 0 };
-                results.push_back(Kept { index, word, memory: Memory::Inherited(span), hold: None, submitted_bytes });
-            }
-        }
-        Output {
-            segment,
-            bells,
-            number,
-            producers: (0..geometry.fronts).map(|front| segment.producer(number, front as u16)).collect(),
-            arena: Partition::around(geometry.result_bytes, geometry.items, used),
-            submitted_bytes: results.iter().map(|kept| kept.submitted_bytes).sum(),
-            results,
-            held: Vec::new(),
-            standstill: None,
-        }
-    }
-
-    /// Memory in the own partition for a result of an item. Waits a while for results that are in the way; not again for
-    /// each item if none is fetched.
-    fn allocate(&mut self, len: usize, submitted: bool) -> Result<Block, ReplyError> {
-        if !self.held.is_empty() {
-            self.give_back_held();
-        }
-        // In order of completion is about the order of release: most of the time this finds all there is to find.
-        while self.results.front().is_some_and(|kept| self.is_released(kept)) {
-            self.reclaim(0);
-        }
-        // Results that wait for subscribers may have half of the partition: the rest is for those who wait for them.
-        let half = self.segment.geometry().result_bytes / 2;
-        loop {
-            let may = !submitted || self.submitted_bytes == 0 || self.submitted_bytes + len as u64 <= half;
-            if let Some(block) = may.then(|| self.arena.allocate(len as u64)).flatten() {
-                self.standstill = None;
-                return Ok(block);
-            }
-            if self.reclaim_all() {
-                continue;
-            }
-            let since = *self.standstill.get_or_insert_with(Instant::now);
-            let left = ROOM_PATIENCE.saturating_sub(since.elapsed());
-            if self.results.is_empty() || left.is_zero() || self.segment.stage() == Stage::Stopping {
-                return Err(ReplyError::NoRoom);
-            }
-            let door = self.segment.sleeping(Slot::Worker(self.number));
-            door.enter(0);
-            let slept = if self.results.iter().any(|kept| self.is_released(kept)) {
-                Ok(())
-            } else {
-                self.bells.worker(self.number).wait_at_most(left)
-            };
-            door.leave(0);
-            slept.map_err(|_| ReplyError::NoRoom)?;
-        }
-    }
-
-    /// Memory that nobody's result is in any more.
-    fn give_back(&mut self, memory: Memory, hold: Option<Hold>) {
-        if let Some(mut hold) = hold
-            && hold.is_shared()
-        {
-            self.held.push((memory, hold));
-        } else {
-            self.arena.give_back(memory);
-        }
-    }
-
-    #[cold]
-    fn give_back_held(&mut self) {
-        for (memory, hold) in std::mem::take(&mut self.held) {
-            self.give_back(memory, Some(hold));
-        }
-    }
-
-    fn is_released(&self, kept: &Kept) -> bool {
-        Word::load(&self.segment.item(kept.index).word) != kept.word
-    }
-
-    fn reclaim(&mut self, at: usize) {
-        if let Some(kept) = self.results.remove(at) {
-            self.give_back(kept.memory, kept.hold);
-            self.submitted_bytes -= kept.submitted_bytes;
-            self.standstill = None;
-        }
-    }
-
-    fn reclaim_all(&mut self) -> bool {
-        let before = self.results.len();
-        for at in (0..before).rev() {
-            if self.is_released(&self.results[at]) {
-                self.reclaim(at);
-            }
-        }
-        self.results.len() < before
-    }
-
-    /// Stores DONE, tells the front, and wakes it if it sleeps.
+impl<'s> Draft<'s> {
+    /// An empty result of at most `most` bytes.
     #[inline(always)]
-    fn complete(&mut self, claimed: &Claimed<'_>, code: u32, times: [u64; 2]) {
-        let record = claimed.record;
-        record.code.store(code, Relaxed);
-        record.claimed.store(times[0], Relaxed);
-        record.done.store(times[1], Relaxed);
-        crash_point!("complete.written");
-        // The completion point.
-        claimed.word.with(Phase::Done, self.number).store(&record.word, claimed.word);
-        crash_point!("complete.done");
-        if !self.producers[usize::from(claimed.front)].push(claimed.index) {
-            // I2: pairs with I2' in the front's scan: whoever sees the flag finds the item DONE.
-            self.segment.rescan(claimed.front).fetch_or(1, Release);
-        }
-        wake(self.segment, &self.bells, Slot::Front(claimed.front));
-        crash_point!("complete.told");
+    pub fn of(claimed: &Claimed<'s>, most: usize) -> Self {
+        Draft { target: Target::of(claimed), most, len: 0, block: None, hold: None, sent: 0 }
     }
 }
 
 /// The result of a claimed item, written in place: in the item's record if it is small, in the worker's partition of
 /// the result arena if not.
 pub struct Reply<'w, 's> {
-    output: &'w mut Output<'s>,
+    output: &'w RefCell<Output<'s>>,
+    /// Room for a small result.
     line: &'w mut Line,
-    submitted: bool,
-    most: usize,
-    len: usize,
-    block: Option<Block>,
-    hold: Option<Hold>,
+    draft: Draft<'s>,
+    /// Where it goes on when this is dropped; without that it is thrown away.
+    home: Option<&'w mut Option<Draft<'s>>>,
 }
 
 impl<'w, 's> Reply<'w, 's> {
-    /// An empty result of at most `most` bytes. `line` has room for a small one.
+    /// `line` has room for a small result.
     #[inline(always)]
-    pub(super) fn new(output: &'w mut Output<'s>, line: &'w mut Line, claimed: &Claimed<'_>, most: usize) -> Self {
-        Reply { output, line, submitted: request::is_submitted(claimed.record), most, len: 0, block: None, hold: None }
+    pub(super) fn new(
+        output: &'w RefCell<Output<'s>>,
+        line: &'w mut Line,
+        draft: Draft<'s>,
+        home: Option<&'w mut Option<Draft<'s>>>,
+    ) -> Self {
+        Reply { output, line, draft, home }
     }
 }
 
-impl Reply<'_, '_> {
+impl<'s> Reply<'_, 's> {
     /// Bytes so far.
     pub fn len(&self) -> usize {
-        self.len
+        self.draft.len
     }
 
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
-        self.len == 0
+        self.draft.len == 0
     }
 
     /// The most bytes that a result may have.
     pub fn max_len(&self) -> usize {
-        self.most
+        self.draft.most
     }
 
     /// Throws away what was written.
     pub fn clear(&mut self) {
-        self.len = 0;
+        self.draft.len = 0;
     }
 
     /// Makes the result `len` bytes long and lends them for writing. New bytes have any value.
     pub fn buffer(&mut self, len: usize) -> Result<&mut [u8], ReplyError> {
         self.reserve(len)?;
-        self.len = len;
+        self.draft.len = len;
         Ok(self.bytes())
     }
 
     /// Keeps the memory that the result has now, if it is in the arena, until the hold is dropped and the result, too, needs
     /// it no more.
     pub fn hold(&mut self) -> Option<Hold> {
-        self.block.as_ref()?;
-        Some(self.hold.get_or_insert_default().clone())
+        self.draft.block.as_ref()?;
+        Some(self.draft.hold.get_or_insert_default().clone())
     }
 
     /// Appends bytes.
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), ReplyError> {
-        let start = self.len;
+        let start = self.draft.len;
         let end = start.saturating_add(bytes.len());
         if end > self.room() {
             // Twice what is needed if that is to be had, so that many small writes copy little.
-            let roomy = if start == 0 { end } else { end.saturating_mul(2).clamp(end, self.most.max(end)) };
+            let roomy = if start == 0 { end } else { end.saturating_mul(2).clamp(end, self.draft.most.max(end)) };
             if self.grow(roomy).is_none() {
                 self.reserve(end)?;
             }
         }
-        self.len = end;
+        self.draft.len = end;
         self.bytes()[start..].copy_from_slice(bytes);
         Ok(())
     }
 
+    /// Sends what was written so far as a partial result, if the item's client reads a stream (`Process`), and begins the next
+    /// one, which is empty. Waits while [`WINDOW`](crate::segment::WINDOW) of them have not been taken; an error, if
+    /// nobody waits for them any more.
+    ///
+    /// To whom a result comes in one (`Call`, `Submit`) it comes when it is complete: then this does nothing, and all parts
+    /// are written one behind the other.
+    pub fn send(&mut self) -> Result<(), ReplyError> {
+        while !self.try_send()? {
+            if let Some(credit) = self.credit() {
+                credit.wait().map_err(|_| ReplyError::NoRoom)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same without waiting: false, if it cannot be sent yet. See [`Reply::credit`].
+    pub fn try_send(&mut self) -> Result<bool, ReplyError> {
+        let Some(target) = self.streams() else { return Ok(true) };
+        if !self.output.borrow().may_send(&target, self.draft.sent)? {
+            return Ok(false);
+        }
+        if self.draft.block.is_none() {
+            self.move_to_block(self.draft.len)?;
+        }
+        let Some(mut block) = self.draft.block.take() else { return Ok(false) };
+        let mut output = self.output.borrow_mut();
+        let len = self.draft.len as u64;
+        if let Some(head) = output.segment.write_result(output.number, &mut block, 8) {
+            head.copy_from_slice(&len.to_ne_bytes());
+        }
+        output.send(&target, self.draft.sent, block, self.draft.hold.take());
+        self.draft.sent = self.draft.sent.wrapping_add(1);
+        self.draft.len = 0;
+        Ok(true)
+    }
+
+    /// What to wait for until [`Reply::try_send`] may succeed; none: it always does.
+    pub fn credit(&self) -> Option<Credit<'s>> {
+        self.streams().map(|target| self.output.borrow().credit(target, self.draft.sent))
+    }
+
+    /// The item, if its client reads partial results.
+    fn streams(&self) -> Option<Target<'s>> {
+        (self.draft.target.kind == Kind::Stream).then_some(self.draft.target)
+    }
+
+    /// Of a block, what comes before the result: a length is written there if it becomes a partial one.
+    fn lead(&self) -> usize {
+        if self.draft.target.kind == Kind::Stream { LEAD as usize } else { 0 }
+    }
+
     fn room(&self) -> usize {
-        self.block.as_ref().map_or(INLINE, |block| block.len() as usize)
+        self.draft.block.as_ref().map_or(INLINE, |block| block.len() as usize - self.lead())
     }
 
     fn bytes(&mut self) -> &mut [u8] {
-        let segment = self.output.segment;
-        let place = match &mut self.block {
-            None => self.line.0.get_mut(..self.len),
-            Some(block) => segment.write_result(self.output.number, block, self.len as u64),
-        };
-        place.unwrap_or_default()
+        if self.draft.block.is_none() {
+            return self.line.0.get_mut(..self.draft.len).unwrap_or_default();
+        }
+        let lead = self.lead();
+        let Output { segment, number, .. } = *self.output.borrow();
+        let Draft { len, block, .. } = &mut self.draft;
+        let all = block.as_mut().and_then(|block| segment.write_result(number, block, (lead + *len) as u64));
+        all.and_then(|all| all.get_mut(lead..)).unwrap_or_default()
     }
 
     fn reserve(&mut self, len: usize) -> Result<(), ReplyError> {
-        if len > self.most {
-            return Err(ReplyError::TooLarge { len, most: self.most });
+        let most = self.draft.most;
+        if len > most {
+            return Err(ReplyError::TooLarge { len, most });
         }
         if len <= self.room() || self.grow(len).is_some() {
             return Ok(());
         }
+        self.move_to_block(len)
+    }
+
+    /// Goes on in a new block with room for so many bytes, waiting for it if need be.
+    fn move_to_block(&mut self, len: usize) -> Result<(), ReplyError> {
         // What was written so far may be what is in the way: it steps aside.
         let kept = self.bytes().to_vec();
         self.free_block();
-        let written = std::mem::take(&mut self.len);
-        let block = self.output.allocate(len, self.submitted)?;
-        self.fill(block, &kept);
-        self.len = written;
+        let written = std::mem::take(&mut self.draft.len);
+        let block = self.output.borrow_mut().allocate(self.lead() + len, &self.draft.target)?;
+        self.draft.block = Some(block);
+        self.draft.len = written;
+        self.bytes().copy_from_slice(&kept);
         Ok(())
     }
 
-    /// Moves to a block of so many bytes, if it can be had at once.
+    /// Moves to a block with room for so many bytes, if it can be had at once.
     fn grow(&mut self, len: usize) -> Option<()> {
-        if len > self.most || self.submitted && self.output.submitted_bytes > 0 {
+        if len > self.draft.most {
             return None;
         }
-        let block = self.output.arena.allocate(len as u64)?;
-        let kept = std::mem::take(&mut self.block);
-        let segment = self.output.segment;
-        let number = self.output.number;
-        match kept {
-            None => {
-                let line = self.line.0;
-                self.fill(block, &line[..self.len.min(INLINE)]);
-            }
-            Some(old) => {
-                let mut block = block;
-                let bytes = segment.read_result(number, old.offset(), self.len as u64).unwrap_or_default();
-                if let Some(new) = segment.write_result(number, &mut block, self.len as u64) {
-                    new.copy_from_slice(bytes);
-                }
-                self.block = Some(block);
-                self.output.give_back(Memory::Own(old), self.hold.take());
-            }
-        }
+        let lead = self.lead();
+        let mut block = self.output.borrow_mut().allocate_now(lead + len, &self.draft.target)?;
+        let Output { segment, number, .. } = *self.output.borrow();
+        let new = segment.write_result(number, &mut block, (lead + self.draft.len) as u64);
+        let new = new.and_then(|new| new.get_mut(lead..)).unwrap_or_default();
+        new.copy_from_slice(self.bytes());
+        self.free_block();
+        self.draft.block = Some(block);
         Some(())
     }
 
-    /// Goes on in a new block, with these bytes.
-    fn fill(&mut self, mut block: Block, bytes: &[u8]) {
-        let segment = self.output.segment;
-        if let Some(new) = segment.write_result(self.output.number, &mut block, bytes.len() as u64) {
-            new.copy_from_slice(bytes);
-        }
-        self.block = Some(block);
-    }
-
+    #[cold]
     fn free_block(&mut self) {
-        if let Some(old) = self.block.take() {
-            self.output.give_back(Memory::Own(old), self.hold.take());
+        if let Some(old) = self.draft.block.take() {
+            self.output.borrow_mut().give_back(Memory::Own(old), self.draft.hold.take());
         }
     }
 
     /// Completes the item with these bytes as its result; `code` is 0 or that of the failure they describe.
     #[inline(always)]
     pub fn complete(mut self, claimed: Claimed<'_>, code: u32, claimed_at: u64, done_at: u64) {
-        if self.block.is_some() {
+        if self.draft.block.is_some() {
             self.settle(&claimed);
         } else {
-            claimed.record.result.store(&self.line.0[..self.len]);
+            claimed.record.result.store(&self.line.0[..self.draft.len]);
         }
-        claimed.record.result_len.store(self.len as u32, Relaxed);
-        self.output.complete(&claimed, code, [claimed_at, done_at]);
+        claimed.record.result_len.store(self.draft.len as u32, Relaxed);
+        self.output.borrow_mut().complete(&claimed, code, [claimed_at, done_at]);
     }
 
     /// Says where a result is that has a block.
     #[cold]
     fn settle(&mut self, claimed: &Claimed<'_>) {
-        let Some(block) = self.block.take() else { return };
-        let output = &mut *self.output;
-        if self.len <= INLINE {
+        if self.draft.len <= INLINE {
             // It turned out small enough.
-            let bytes = output.segment.read_result(output.number, block.offset(), self.len as u64);
-            claimed.record.result.store(bytes.unwrap_or_default());
-            output.give_back(Memory::Own(block), self.hold.take());
-            return;
+            claimed.record.result.store(self.bytes());
+            return self.free_block();
         }
-        claimed.record.result_offset.store(block.offset(), Relaxed);
-        let submitted_bytes = if self.submitted { self.len as u64 } else { 0 };
-        output.submitted_bytes += submitted_bytes;
-        let word = claimed.word.with(Phase::Done, output.number);
-        output.results.push_back(Kept {
-            index: claimed.index,
-            word,
-            memory: Memory::Own(block),
-            hold: self.hold.take(),
-            submitted_bytes,
-        });
+        let lead = self.lead() as u64;
+        let Some(block) = self.draft.block.take() else { return };
+        claimed.record.result_offset.store(block.offset() + lead, Relaxed);
+        self.output.borrow_mut().keep(&self.draft.target, block, self.draft.hold.take(), self.draft.len);
+    }
+
+    /// Completes the item with a failure instead.
+    pub(crate) fn fail(mut self, claimed: Claimed<'_>, failure: &Failure, claimed_at: u64, done_at: u64) {
+        self.clear();
+        self.free_block();
+        self.draft.most = usize::MAX;
+        let text = failure.encode();
+        if self.write(&text).is_err() {
+            // No room for the long version.
+            self.clear();
+            let _ = self.write(&text[..text.len().min(INLINE)]);
+        }
+        self.complete(claimed, failure.code.into(), claimed_at, done_at);
     }
 }
 
 impl Drop for Reply<'_, '_> {
-    #[inline]
+    #[inline(always)]
     fn drop(&mut self) {
-        if self.block.is_some() {
+        if let Some(home) = self.home.take() {
+            let target = self.draft.target;
+            let fresh = Draft { target, most: 0, len: 0, block: None, hold: None, sent: 0 };
+            *home = Some(std::mem::replace(&mut self.draft, fresh));
+        } else if self.draft.block.is_some() {
             self.free_block();
         }
     }

@@ -15,11 +15,14 @@ use crate::{
 pub enum Kind {
     /// Somebody waits on a connection of this front: without it the item is nobody's.
     Call,
+    /// The same, and partial results are sent as they are made.
+    Stream,
     /// Accepted for a subscription: a front's successor inherits it.
     Submit,
 }
 
-pub(super) const SUBMIT: u32 = 1 << 31;
+const SUBMIT: u32 = 1 << 31;
+const STREAM: u32 = 1 << 30;
 
 /// What is offered, beside its payload.
 #[derive(Clone, Copy, Debug)]
@@ -105,9 +108,35 @@ pub(super) fn front_of(segment: &Segment, index: u32) -> u16 {
     (index / (geometry.items / geometry.fronts)).min(geometry.fronts - 1) as u16
 }
 
+/// What a record says of an item's kind, and how many bytes its subscription has.
+pub(super) fn kind_word(kind: Kind, subscription: usize) -> u32 {
+    let bit = match kind {
+        Kind::Call => 0,
+        Kind::Stream => STREAM,
+        Kind::Submit => SUBMIT,
+    };
+    bit | subscription as u32
+}
+
+/// By which RPC an item came, as its record says.
+#[inline]
+pub(super) fn kind_of(record: &ItemRecord) -> Kind {
+    let word = record.kind.load(Relaxed);
+    match (word & SUBMIT != 0, word & STREAM != 0) {
+        (true, _) => Kind::Submit,
+        (false, true) => Kind::Stream,
+        (false, false) => Kind::Call,
+    }
+}
+
+/// Bytes of an item's subscription, as its record says.
+pub(super) fn subscription_len(record: &ItemRecord) -> usize {
+    (record.kind.load(Relaxed) & !(SUBMIT | STREAM)) as usize
+}
+
 /// Whether an item outlives its front.
 pub(super) fn is_submitted(record: &ItemRecord) -> bool {
-    record.kind.load(Relaxed) & SUBMIT != 0
+    kind_of(record) == Kind::Submit
 }
 
 /// The arena blocks that a record says its request has.
@@ -139,7 +168,7 @@ pub(super) fn extra_bytes(segment: &Segment, front: u16, record: &ItemRecord) ->
 
 /// The metadata of an item, without the subscription.
 pub(super) fn metadata(segment: &Segment, front: u16, record: &ItemRecord) -> Vec<u8> {
-    let subscription = (record.kind.load(Relaxed) & !SUBMIT) as usize;
+    let subscription = subscription_len(record);
     let mut bytes = extra_bytes(segment, front, record).unwrap_or_default();
     bytes.drain(..subscription.min(bytes.len()));
     bytes

@@ -1,19 +1,24 @@
 //! The worker's side: claim, write the result in place, complete.
 
 use std::{
+    borrow::Cow,
+    cell::RefCell,
     io,
+    rc::Rc,
     sync::{Arc, atomic::Ordering::*},
     time::Duration,
 };
 
 use super::{
-    Bells, Phase, Reply, Topology, Word, lane_of, metadata,
-    reply::Output,
+    Bells, Open, Phase, Reply, Topology, Word, lane_of, metadata,
+    output::Output,
+    reply::Draft,
     request::{self, Line},
     wake_worker,
 };
 use crate::{
     crash_point::crash_point,
+    doorbell::Bell,
     process::{cores, now},
     ring::{Hint, Lane},
     segment::{INLINE, ItemRecord, PRIORITIES, Segment, Slot, Stage},
@@ -26,6 +31,14 @@ pub struct Claimed<'s> {
     pub(super) front: u16,
     pub(super) word: Word,
     pub(super) record: &'s ItemRecord,
+}
+
+impl<'s> Claimed<'s> {
+    /// For whoever sees to it that one of the two completes the item.
+    pub(super) fn duplicate(&self) -> Self {
+        let Claimed { index, front, word, record } = *self;
+        Claimed { index, front, word, record }
+    }
 }
 
 impl Claimed<'_> {
@@ -57,22 +70,22 @@ impl Claimed<'_> {
 
 /// Private copies of a small payload and a small result.
 #[derive(Debug, Default)]
-struct Lines {
-    request: Line,
-    result: Line,
+pub(super) struct Lines {
+    pub request: Line,
+    pub result: Line,
 }
 
 /// One item, as its handler sees it.
 #[derive(Debug)]
 pub struct Item<'a> {
-    claimed: &'a Claimed<'a>,
-    payload: &'a [u8],
-    metadata: Vec<u8>,
+    pub(super) claimed: &'a Claimed<'a>,
+    pub(super) payload: &'a [u8],
+    pub(super) metadata: Cow<'a, [u8]>,
 }
 
-impl Item<'_> {
+impl<'a> Item<'a> {
     /// What the client sent, in place.
-    pub fn payload(&self) -> &[u8] {
+    pub fn payload(&self) -> &'a [u8] {
         self.payload
     }
 
@@ -131,7 +144,8 @@ pub struct Worker<'s> {
     /// The item whose cache lines were asked for ahead of its claim.
     fetched: Option<u32>,
     lines: Lines,
-    output: Output<'s>,
+    /// Shared with the items that are [open](Worker::open_beside) beside each other.
+    output: Rc<RefCell<Output<'s>>>,
 }
 
 impl<'s> Worker<'s> {
@@ -155,7 +169,7 @@ impl<'s> Worker<'s> {
                 .map(|priority| lane_of(pool, priority))
                 .map(|lane| (lane, segment.lane(lane.into())))
                 .collect(),
-            output: Output::resume(segment, bells.clone(), number),
+            output: Rc::new(RefCell::new(Output::resume(segment, bells.clone(), number))),
             fetched: None,
             lines: Lines::default(),
             topology,
@@ -207,8 +221,8 @@ impl<'s> Worker<'s> {
     /// impossible.
     #[inline(always)]
     pub fn open<'w: 'c, 'c>(&'w mut self, claimed: &'c Claimed<'s>, most: usize) -> Option<(Item<'c>, Reply<'w, 's>)> {
-        let record = claimed.record;
         let Lines { request, result } = &mut self.lines;
+        let record = claimed.record;
         let payload = match record.payload_len.load(Relaxed) as usize {
             len @ 0..=INLINE => {
                 record.request.load(&mut request.0);
@@ -217,15 +231,22 @@ impl<'s> Worker<'s> {
             len => self.segment.read_request(claimed.front, record.request_offset.load(Relaxed), len as u64)?,
         };
         let metadata = match record.extra_len.load(Relaxed) {
-            0 => Vec::new(),
-            _ => request::metadata(self.segment, claimed.front, record),
+            0 => Cow::Borrowed(&[][..]),
+            _ => Cow::Owned(request::metadata(self.segment, claimed.front, record)),
         };
-        Some((Item { claimed, payload, metadata }, Reply::new(&mut self.output, result, claimed, most)))
+        let reply = Reply::new(&self.output, result, Draft::of(claimed, most), None);
+        Some((Item { claimed, payload, metadata }, reply))
     }
 
     /// An empty result alone, for an item that is not handled.
-    pub fn reply(&mut self, claimed: &Claimed<'_>, most: usize) -> Reply<'_, 's> {
-        Reply::new(&mut self.output, &mut self.lines.result, claimed, most)
+    pub fn reply(&mut self, claimed: &Claimed<'s>, most: usize) -> Reply<'_, 's> {
+        Reply::new(&self.output, &mut self.lines.result, Draft::of(claimed, most), None)
+    }
+
+    /// The item and its result as one, to be open beside others; claimed at `began`. None if the front wrote something
+    /// impossible.
+    pub fn open_beside(&self, claimed: &Claimed<'s>, most: usize, began: u64) -> Option<Open<'s>> {
+        Open::new(self.segment, self.output.clone(), claimed, most, began)
     }
 
     /// Whether there is something in the pool's lanes.
@@ -271,6 +292,39 @@ impl<'s> Worker<'s> {
         };
         idle.leave(self.bit);
         slept
+    }
+
+    /// Says that this worker is about to sleep while items are open: from now on its [bell](Worker::bell) rings when a partial
+    /// result was taken, an item was cancelled, a result fetched or the server stops; and when there is an item to take, if
+    /// `for_items`. Who says so must take it. False if there is one: then all is as after [`Worker::disarm`].
+    ///
+    /// Look once more, after this, at whatever else is waited for, and sleep only if there is nothing.
+    pub fn arm(&self, for_items: bool) -> bool {
+        if for_items {
+            self.segment.idle(self.pool).enter(self.bit);
+        }
+        self.segment.sleeping(Slot::Worker(self.number)).enter(0);
+        let has_work = for_items && self.has_work();
+        if has_work {
+            self.leave();
+        }
+        !has_work
+    }
+
+    /// The counterpart of [`Worker::arm`], once the bell has rung or something else was to do. Forgets the rings so far.
+    pub fn disarm(&self) -> io::Result<()> {
+        self.leave();
+        self.bell().wait_at_most(Duration::ZERO)
+    }
+
+    fn leave(&self) {
+        self.segment.idle(self.pool).leave(self.bit);
+        self.segment.sleeping(Slot::Worker(self.number)).leave(0);
+    }
+
+    /// What this worker sleeps at. It may also ring for nothing.
+    pub fn bell(&self) -> &Bell {
+        self.bells.worker(self.number)
     }
 }
 

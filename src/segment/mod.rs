@@ -64,7 +64,7 @@ pub use layout::{
 pub use letters::{Letter, LetterKey, LetterLog, Letters};
 pub use owner::SegmentOwner;
 pub use pins::Pin;
-pub use record::{INLINE, Inline, ItemRecord};
+pub use record::{INLINE, Inline, ItemRecord, WINDOW};
 
 use crate::{
     crash_point::crash_point,
@@ -77,7 +77,7 @@ use pins::Pins;
 use view::{Access, View};
 
 /// Changes when the meaning of anything in the segment does.
-pub const ABI: u32 = 3;
+pub const ABI: u32 = 4;
 const MAGIC: u64 = u64::from_le_bytes(*b"forkring");
 const DIRECTORY: &str = "/dev/shm";
 

@@ -42,6 +42,9 @@ impl Inline {
     }
 }
 
+/// How many partial results of an item may wait to be taken.
+pub const WINDOW: usize = 4;
+
 /// One item. All offsets are into arenas, all times are CLOCK_MONOTONIC in nanoseconds.
 #[derive(Debug)]
 #[repr(C, align(128))]
@@ -60,7 +63,7 @@ pub struct ItemRecord {
     pub payload_len: AtomicU32,
     /// Bytes of subscription and metadata: inline behind the payload if they fit, else in a block of their own.
     pub extra_len: AtomicU32,
-    /// Of those, bytes of subscription; and, above them, the kind of RPC the item came by.
+    /// Of those, bytes of subscription; and, above them, the kind of RPC that the item came by.
     pub kind: AtomicU32,
     /// The generation that the client has given up, plus one. Written by the front at any time, read by the handler.
     pub cancelled: AtomicU32,
@@ -79,7 +82,9 @@ pub struct ItemRecord {
     pub claimed: AtomicU64,
     /// When the handler was done.
     pub done: AtomicU64,
-    _gap2: [AtomicU64; 4],
+    /// The partial results that wait to be taken, see `dispatch::partial`. The worker fills them, the front empties
+    /// them: of all fields the only ones that both write, and only while a stream is under way.
+    pub partials: [AtomicU64; WINDOW],
     /// The result, if it fits.
     pub result: Inline,
 }

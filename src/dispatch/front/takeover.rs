@@ -38,6 +38,7 @@ impl<'s> Front<'s> {
             consumers: (0..geometry.workers).map(|w| segment.consumer(w as u16, number)).collect(),
             cursor: 0,
             found: Vec::new(),
+            noticed: VecDeque::new(),
             unhinted: Vec::new(),
             freed: 0,
             pushed: 0,
@@ -116,7 +117,7 @@ impl<'s> Front<'s> {
         known.extra = extra.map(Memory::Inherited);
         if submitted {
             let bytes = extra_bytes(self.segment, self.number, record).unwrap_or_default();
-            let len = (record.kind.load(Relaxed) & !SUBMIT) as usize;
+            let len = subscription_len(record);
             let subscription = bytes.get(..len).unwrap_or_default().to_vec();
             adopted.push(Adopted { index, subscription });
         }
