@@ -14,6 +14,40 @@
 //! }
 //! ```
 //!
+//! # Many items at once
+//!
+//! [`Attached::run`] hands a handler one item after the other. A handler that works on many at once, such as one on an event
+//! loop or one that makes batches, takes them itself and finishes them in any order:
+//!
+//! ```no_run
+//! use forkring::sdk::{Attached, OpenItem};
+//!
+//! fn work(worker: &mut Attached) -> std::io::Result<()> {
+//!     const MOST: usize = 32;
+//!     let mut open: Vec<OpenItem> = Vec::new();
+//!     loop {
+//!         while let Some(item) = (open.len() < MOST).then(|| worker.take()).flatten() {
+//!             open.push(item);
+//!         }
+//!         if worker.is_stopping() && open.is_empty() {
+//!             return Ok(());
+//!         }
+//!         // From here on the bell rings for whatever is not seen by the look at the items.
+//!         let mut sleeps = worker.arm(open.len() < MOST);
+//!         // … go on with each item as far as that goes …
+//!         if let Some(item) = open.pop() {
+//!             item.complete();
+//!             sleeps = false;
+//!         }
+//!         if sleeps {
+//!             // An event loop watches its descriptor instead.
+//!             worker.bell().wait()?;
+//!         }
+//!         worker.disarm()?;
+//!     }
+//! }
+//! ```
+//!
 //! # What it promises
 //!
 //! - The process is killed when its supervisor dies, and does not attach to a server that is not its parent, so a variable
@@ -23,8 +57,10 @@
 //! SIGTERM and SIGINT are blocked at the start: they go to the whole process group, and only the supervisor may decide.
 
 use std::{
+    cell::Cell,
     env, fs, io,
     os::fd::{OwnedFd, RawFd},
+    rc::Rc,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
     time::Duration,
 };
@@ -32,11 +68,12 @@ use std::{
 use crate::{
     config::Spin,
     contract::{Contract, ContractError, VARIABLE},
-    dispatch::{Bells, Topology, Worker},
-    handler::Handler,
+    dispatch::{Bells, Open, Topology, Worker},
+    doorbell::Bell,
+    handler::{Failure, Handler, Item, Reply},
     process,
-    segment::{Segment, SegmentError, Slot},
-    supervisor::overdue::{ItemTimer, Timed},
+    segment::{Segment, SegmentError, Slot, Stage},
+    supervisor::overdue::{ItemTimer, Running, Timed, Timers},
     worker,
 };
 
@@ -63,11 +100,13 @@ pub enum AttachError {
 /// A process that is a worker.
 pub struct Attached {
     worker: Worker<'static>,
-    item_timer: Option<ItemTimer>,
+    timers: Option<Rc<Timers>>,
     segment: &'static Segment,
     pool: String,
     spin: Spin,
     max_message: usize,
+    /// It has been told that the server stops.
+    knows_the_end: Cell<bool>,
 }
 
 impl Attached {
@@ -108,13 +147,21 @@ impl Attached {
         let item_timer = contract
             .item_timer
             .map(|(fd, limit)| Ok::<_, io::Error>(ItemTimer::of(process::inherited(fd)?, Duration::from_nanos(limit))));
-        let item_timer = item_timer.transpose()?;
+        let timers = item_timer.transpose()?.map(Timers::new);
         if !contract.is_open {
             segment.pass_gate();
         }
         let worker = Worker::attach(segment, topology, bells, contract.worker).ok_or(AttachError::Mismatch)?;
         let max_message = usize::try_from(contract.max_message).map_err(|_| AttachError::Mismatch)?;
-        Ok(Attached { worker, item_timer, segment, pool: contract.pool, spin, max_message })
+        Ok(Attached {
+            worker,
+            timers,
+            segment,
+            pool: contract.pool,
+            spin,
+            max_message,
+            knows_the_end: Cell::new(false),
+        })
     }
 
     /// The worker's number, from 0, over all pools.
@@ -134,12 +181,94 @@ impl Attached {
 
     /// Handles items until the server stops.
     pub fn run(&mut self, handler: &mut dyn Handler) -> io::Result<()> {
-        match &self.item_timer {
+        match &self.timers {
             None => worker::run(&mut self.worker, handler, self.spin, self.max_message),
-            Some(timer) => {
-                let mut timed = Timed::new(handler, timer);
+            Some(timers) => {
+                let mut timed = Timed::new(handler, timers.timer());
                 worker::run(&mut self.worker, &mut timed, self.spin, self.max_message)
             }
         }
+    }
+
+    /// Takes an item without waiting, to be open beside others; none, if there is none. Items that have expired or were
+    /// given up are not among them.
+    pub fn take(&mut self) -> Option<OpenItem> {
+        loop {
+            let claimed = self.worker.take()?;
+            self.worker.chain();
+            let began = process::now();
+            let refusal = worker::refusal(&claimed, began);
+            let open = match refusal {
+                Some(refusal) => Err(refusal),
+                None => self.worker.open_beside(&claimed, self.max_message, began).ok_or_else(worker::malformed),
+            };
+            match open {
+                Ok(open) => return Some(OpenItem { open, _running: self.timers.as_ref().map(Timers::begin) }),
+                Err(failure) => {
+                    self.worker.reply(&claimed, self.max_message).fail(claimed, &failure, began, process::now());
+                }
+            }
+        }
+    }
+
+    /// Says that this worker is about to sleep while items may be open: from now on its [bell](Attached::bell) rings when a
+    /// partial result was taken, an item was cancelled, a result fetched or the server stops; and when there is an item to
+    /// take, if `for_items`: only who is ready to take one may say so, for nobody else is woken for it. False, if it must not
+    /// sleep: there is an item, or the server stops and [`Attached::is_stopping`] has not said so yet.
+    ///
+    /// After this, look once more at whatever else is waited for, and sleep only if there is nothing: what came before it
+    /// rings no bell. Then, whatever woke it, [`Attached::disarm`].
+    pub fn arm(&self, for_items: bool) -> bool {
+        let armed = self.worker.arm(for_items);
+        armed && (self.knows_the_end.get() || self.segment.stage() != Stage::Stopping)
+    }
+
+    /// The counterpart of [`Attached::arm`]: forgets the rings so far. Look at everything that is waited for after it.
+    pub fn disarm(&self) -> io::Result<()> {
+        self.worker.disarm()
+    }
+
+    /// What rings, for waiting or for an event loop: the descriptor is readable from a ring to the next
+    /// [`Attached::disarm`]. It may also ring for nothing.
+    pub fn bell(&self) -> &Bell {
+        self.worker.bell()
+    }
+
+    /// Whether the server stops. Then take and finish what there is, and leave.
+    pub fn is_stopping(&self) -> bool {
+        let is_stopping = self.segment.stage() == Stage::Stopping;
+        self.knows_the_end.set(is_stopping);
+        is_stopping
+    }
+}
+
+/// An item that is open beside others of its worker, until it is completed. If it is dropped before that, it fails with
+/// `INTERNAL`, reason `ITEM_DROPPED`. All stay in one thread; if the process dies, each is given to another worker.
+#[derive(Debug)]
+pub struct OpenItem {
+    open: Open<'static>,
+    /// Behind it, so that the item is completed first.
+    _running: Option<Running>,
+}
+
+impl OpenItem {
+    /// The item.
+    pub fn item(&self) -> Item<'_> {
+        self.open.item()
+    }
+
+    /// Its result, to be written. What is sent of it before it is complete ([`Reply::try_send`]) must not make others wait.
+    pub fn reply(&mut self) -> Reply<'_, 'static> {
+        self.open.reply()
+    }
+
+    /// Completes it with what its reply has.
+    pub fn complete(self) {
+        self.open.complete();
+    }
+
+    /// Completes it with a failure.
+    pub fn fail(self, failure: &Failure) {
+        self.open.fail(failure);
     }
 }

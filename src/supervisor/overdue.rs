@@ -10,7 +10,7 @@
 //! # Why that holds
 //!
 //! Each worker of a pool with a timeout has a timerfd, made before the fork. The worker sets it before it handles an
-//! item and clears it after; the supervisor polls it beside the pidfds. A timer that is set again forgets that it had
+//! item and clears it after (of many that are [open](Running) at once it is the oldest one's); the supervisor polls it beside the pidfds. A timer that is set again forgets that it had
 //! expired, so a readable one tells of the present item. Whether that is still the same one at the end of the grace
 //! shows by a number that each setting carries in its interval, which is an hour and so many nanoseconds and is
 //! otherwise of no use.
@@ -23,8 +23,11 @@
 //! does. Any other hears nothing and is killed when the grace is over.
 
 use std::{
+    cell::{Cell, RefCell},
+    collections::VecDeque,
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd, RawFd},
+    rc::Rc,
     time::{Duration, Instant},
 };
 
@@ -73,11 +76,15 @@ impl ItemTimer {
     }
 
     fn set(&self, number: u32) {
+        self.set_after(number, self.limit);
+    }
+
+    fn set_after(&self, number: u32, time: Duration) {
         let number = u64::from(number);
-        let it_value = Timespec {
-            tv_sec: i64::try_from(self.limit.as_secs()).unwrap_or(i64::MAX),
-            tv_nsec: self.limit.subsec_nanos().into(),
-        };
+        // No time at all would not set it.
+        let time = time.max(Duration::from_nanos(1));
+        let it_value =
+            Timespec { tv_sec: i64::try_from(time.as_secs()).unwrap_or(i64::MAX), tv_nsec: time.subsec_nanos().into() };
         let it_interval = Timespec { tv_sec: HOUR + (number / SECOND) as i64, tv_nsec: (number % SECOND) as _ };
         self.settime(Itimerspec { it_interval, it_value });
     }
@@ -135,6 +142,63 @@ impl Handler for Timed<'_> {
         // A panic clears it, too.
         let _cleared = Cleared(self.timer);
         self.handler.handle(item, reply)
+    }
+}
+
+/// The items that a worker has open at once, on one timer: it is set for the oldest, whose time is over first.
+#[derive(Debug)]
+pub struct Timers {
+    timer: ItemTimer,
+    /// By number, in the order in which they began.
+    began: RefCell<VecDeque<(u32, Instant)>>,
+    number: Cell<u32>,
+}
+
+impl Timers {
+    /// With no item yet.
+    pub fn new(timer: ItemTimer) -> Rc<Self> {
+        Rc::new(Timers { timer, began: RefCell::default(), number: Cell::new(0) })
+    }
+
+    /// One alone at a time, by [`Timed`].
+    pub fn timer(&self) -> &ItemTimer {
+        &self.timer
+    }
+
+    /// An item has begun.
+    pub fn begin(self: &Rc<Self>) -> Running {
+        let number = self.number.get().wrapping_add(1);
+        self.number.set(number);
+        let mut began = self.began.borrow_mut();
+        began.push_back((number, Instant::now()));
+        if began.len() == 1 {
+            self.timer.set(number);
+        }
+        Running { timers: self.clone(), number }
+    }
+
+    fn end(&self, number: u32) {
+        let mut began = self.began.borrow_mut();
+        let Some(at) = began.iter().position(|(other, _)| *other == number) else { return };
+        began.remove(at);
+        match began.front() {
+            _ if at > 0 => {}
+            None => self.timer.clear(),
+            Some(&(next, began)) => self.timer.set_after(next, self.timer.limit.saturating_sub(began.elapsed())),
+        }
+    }
+}
+
+/// An item is open. Dropped when it is not any more.
+#[derive(Debug)]
+pub struct Running {
+    timers: Rc<Timers>,
+    number: u32,
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        self.timers.end(self.number);
     }
 }
 
@@ -248,6 +312,26 @@ mod tests {
             assert!(begin.elapsed() < Duration::from_secs(30));
             std::thread::yield_now();
         }
+    }
+
+    #[test]
+    fn of_many_open_items_the_oldest_is_timed() {
+        let limit = Duration::from_millis(5);
+        let timers = Timers::new(ItemTimer::new(limit).unwrap());
+        let setting = |number: i64| Timespec { tv_sec: HOUR, tv_nsec: number };
+        let mut items = [1, 2, 3].map(|_| Some(timers.begin()));
+        until(|| timers.timer.expired() == Some(setting(1)));
+        // Whoever goes that is not the oldest changes nothing.
+        items[1] = None;
+        assert_eq!(timers.timer.expired(), Some(setting(1)));
+        // The next has been at work for long enough, too.
+        items[0] = None;
+        until(|| timers.timer.expired() == Some(setting(3)));
+        items[2] = None;
+        assert_eq!(timers.timer.expired(), None);
+        assert_eq!(timerfd_gettime(&timers.timer.fd).unwrap().it_value, NEVER, "nobody works");
+        let _next = timers.begin();
+        until(|| timers.timer.expired() == Some(setting(4)));
     }
 
     #[test]
