@@ -1,4 +1,4 @@
-//! The handlers that come along: `echo`, `sha256`, `sleep:DURATION`, `exec:COMMAND…`.
+//! The handlers that come along: `echo`, `echo:SIZE`, `sha256`, `sleep:DURATION`, `exec:COMMAND…`.
 
 mod exec;
 
@@ -7,7 +7,7 @@ use std::{str::FromStr, thread, time::Duration};
 use sha2::{Digest, Sha256};
 
 use crate::{
-    config::parse_duration,
+    config::{ByteSize, parse_duration},
     handler::{Failure, Handler, Item, Reply},
 };
 
@@ -16,6 +16,8 @@ use crate::{
 pub enum Builtin {
     /// The result is the payload.
     Echo,
+    /// The same in parts of so many bytes; all but the last are partial results.
+    EchoInParts(usize),
     /// The result is the 32 bytes of the payload's SHA-256.
     Sha256,
     /// The result is the payload, after a while: for load tests.
@@ -28,8 +30,12 @@ pub enum Builtin {
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum BuiltinError {
-    #[error("unknown handler `{0}`: there are echo, sha256, sleep:DURATION, exec:COMMAND and Python's MODULE:FUNCTION")]
+    #[error(
+        "unknown handler `{0}`: there are echo, echo:SIZE, sha256, sleep:DURATION, exec:COMMAND and Python's MODULE:FUNCTION"
+    )]
     Unknown(String),
+    #[error("`{0}` is no size of a part: write echo:64 or echo:16KiB")]
+    Size(String),
     #[error("`{0}` is no duration: write sleep:10ms or sleep:1.5s")]
     Duration(String),
     #[error("exec: names no command: write exec:COMMAND ARGUMENTS, as in `exec:wc -c`")]
@@ -45,6 +51,10 @@ impl FromStr for Builtin {
         match text.split_once(':') {
             None if text == "echo" => Ok(Builtin::Echo),
             None if text == "sha256" => Ok(Builtin::Sha256),
+            Some(("echo", size)) => match size.parse::<ByteSize>().map(ByteSize::bytes) {
+                Ok(size @ 1..) => Ok(Builtin::EchoInParts(size as usize)),
+                _ => Err(BuiltinError::Size(size.to_owned())),
+            },
             Some(("sleep", time)) => {
                 parse_duration(time).map(Builtin::Sleep).map_err(|_| BuiltinError::Duration(time.to_owned()))
             }
@@ -58,6 +68,14 @@ impl Handler for Builtin {
     fn handle(&mut self, item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
         match self {
             Builtin::Echo => reply.write(item.payload())?,
+            Builtin::EchoInParts(size) => {
+                let (parts, last) = item.payload().split_at(item.payload().len().saturating_sub(1) / *size * *size);
+                for part in parts.chunks(*size) {
+                    reply.write(part)?;
+                    reply.send()?;
+                }
+                reply.write(last)?;
+            }
             Builtin::Sha256 => reply.write(&Sha256::digest(item.payload()))?,
             Builtin::Sleep(time) => {
                 // The one handler whose work is to wait.
@@ -77,6 +95,10 @@ mod tests {
     #[test]
     fn parses_what_the_command_line_says() {
         assert_eq!("echo".parse(), Ok(Builtin::Echo));
+        assert_eq!("echo:16KiB".parse(), Ok(Builtin::EchoInParts(16 << 10)));
+        for wrong in ["echo:", "echo:0", "echo:x"] {
+            assert!(matches!(wrong.parse::<Builtin>(), Err(BuiltinError::Size(_))), "{wrong}");
+        }
         assert_eq!("sleep:10ms".parse(), Ok(Builtin::Sleep(Duration::from_millis(10))));
         let exec = |words: &[&str]| Ok(Builtin::Exec(words.iter().map(ToString::to_string).collect()));
         assert_eq!("exec:tr a-z A-Z".parse(), exec(&["tr", "a-z", "A-Z"]));

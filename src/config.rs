@@ -291,7 +291,7 @@ pub struct PoolSpec {
     /// How many workers it has; `None`: [`Config::workers`].
     #[serde(default)]
     pub workers: Option<u16>,
-    /// What its workers run: `echo`, `sha256`, `sleep:DURATION`, `exec:COMMAND…`, or `MODULE:FUNCTION` in Python.
+    /// What its workers run: `echo`, `echo:SIZE`, `sha256`, `sleep:DURATION`, `exec:COMMAND…`, or `MODULE:FUNCTION` in Python.
     pub handler: String,
     /// How long its workers may take for an item, 0 for as long as they like; `None`: [`Config::item_timeout`].
     #[serde(default, deserialize_with = "units::some_duration")]

@@ -33,6 +33,7 @@ const FILTER: &str = "FORKRING_LOG";
 #[command(after_help = "\
 Handlers:
   echo              the item is the result
+  echo:SIZE         the same, streamed in parts of SIZE bytes (over Process)
   sha256            the result is the item's SHA-256 digest, 32 bytes
   sleep:DURATION    the item is the result, later (for load tests)
   exec:COMMAND...   the item on the stdin of a fresh process, its stdout the result

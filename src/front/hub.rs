@@ -31,9 +31,11 @@ const RESERVE: usize = 16;
 /// Of the item table, what one stream may have: one part in so many.
 const STREAM_SHARE: usize = 4;
 
-/// What an item of an RPC ended with.
+/// What comes of an item of an RPC.
 #[derive(Debug)]
 pub enum Ending {
+    /// There are partial results in shared memory, to be taken from there. No end yet.
+    Partial(u32),
     /// Completed; the result is in shared memory until it is released.
     Completed(Completion),
     /// Failed before a worker completed it.
@@ -78,6 +80,11 @@ impl Mailbox {
     /// The next result, if there is one.
     pub fn take(&self) -> Option<Ending> {
         self.ready.borrow_mut().pop_front()
+    }
+
+    /// Puts one back that is not dealt with yet, before all others.
+    pub fn put_back(&self, ending: Ending) {
+        self.ready.borrow_mut().push_front(ending);
     }
 
     /// Wakes this task when there is a result.
@@ -270,7 +277,8 @@ impl Hub {
         mailbox: &Rc<Mailbox>,
         is_stream: bool,
     ) -> Result<u32, NotOffered> {
-        let index = self.offer(head, request, deadline, Kind::Call, is_stream)?;
+        let kind = if is_stream { Kind::Stream } else { Kind::Call };
+        let index = self.offer(head, request, deadline, kind, is_stream)?;
         self.owners.borrow_mut()[index as usize] = Some(Owner::Rpc(mailbox.clone()));
         Ok(index)
     }
@@ -342,7 +350,7 @@ impl Hub {
         let serial = self.offers.get() + 1;
         self.offers.set(serial);
         self.serials.borrow_mut()[index as usize] = serial;
-        if deadline != 0 && kind == Kind::Call {
+        if deadline != 0 && kind != Kind::Submit {
             self.watch(deadline, index, serial);
         }
         // It rings the workers, once for all that is offered before its turn comes.
@@ -469,7 +477,26 @@ impl Hub {
                 None => self.release(completion.index),
             }
         }
+        loop {
+            let Some(index) = self.front.borrow_mut().noticed() else { break };
+            if let Some(Owner::Rpc(mailbox)) = &self.owners.borrow()[index as usize] {
+                count += 1;
+                first = first.min(now());
+                mailbox.deliver(Ending::Partial(index));
+            }
+        }
         (count, first)
+    }
+
+    /// Whether an item is in work for this mailbox.
+    pub fn is_in_work(&self, index: u32, mailbox: &Rc<Mailbox>) -> bool {
+        matches!(&self.owners.borrow()[index as usize], Some(Owner::Rpc(owner)) if Rc::ptr_eq(owner, mailbox))
+    }
+
+    /// Gives up one item that is in work for this mailbox.
+    pub fn give_up(&self, index: u32) {
+        self.owners.borrow_mut()[index as usize] = None;
+        self.front.borrow_mut().cancel(index);
     }
 
     /// The result has been copied and the record may be used again.

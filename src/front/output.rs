@@ -15,7 +15,7 @@ use super::{
     wire::{ResultHead, ResultStatus, encode_result, encode_result_prefix},
 };
 use crate::{
-    dispatch::{Completion, Failure, Outcome},
+    dispatch::{Broken, Completion, Failure, Outcome},
     process::now,
     segment::INLINE,
 };
@@ -53,6 +53,8 @@ pub fn encode(hub: &Hub, ending: Ending, out: &mut BytesMut) -> Option<Bytes> {
             encode_refusal(out, id, &refusal);
             return None;
         }
+        // No end: `encode_partials` is for these.
+        Ending::Partial(_) => return None,
     };
     let in_place = encode_kept(hub, &completion, out);
     match in_place {
@@ -66,12 +68,50 @@ pub fn encode(hub: &Hub, ending: Ending, out: &mut BytesMut) -> Option<Bytes> {
     }
 }
 
+/// Whether all partial results of an item have been taken that there were.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Drained {
+    /// For now.
+    All,
+    /// The frame is full.
+    Some,
+    /// What its worker wrote is impossible.
+    Broken,
+}
+
+/// Appends the partial results of an item that have come, until there is enough for a frame. Being copied they are taken,
+/// and the worker may send more: so it is the stream's reader who sets the pace.
+pub fn encode_partials(hub: &Hub, index: u32, out: &mut BytesMut) -> Drained {
+    while out.len() < FRAME {
+        let partial = match hub.with_front(|front| front.partial(index)) {
+            Some(Ok(partial)) => partial,
+            Some(Err(Broken)) => return Drained::Broken,
+            None => return Drained::All,
+        };
+        let head = ResultHead {
+            id: partial.id,
+            attempts: partial.attempts,
+            worker: partial.worker.into(),
+            partial: true,
+            sequence: partial.sequence,
+            ..Default::default()
+        };
+        let before = out.len();
+        encode_result_prefix(out, &head, partial.len);
+        out.reserve(partial.len);
+        if !hub.with_front(|front| front.take_partial(&partial, |piece| out.extend_from_slice(piece))) {
+            out.truncate(before);
+        }
+    }
+    Drained::Some
+}
+
 /// The same, but the item is kept, and what must follow is a view of its arena.
 pub fn encode_kept(hub: &Hub, completion: &Completion, out: &mut BytesMut) -> Option<&'static [u8]> {
     let mut line = [0; INLINE];
     let result = result(hub, completion, &mut line);
     let failure = failure(completion, result);
-    let head = head(completion, failure.as_ref());
+    let head = head(hub, completion, failure.as_ref());
     let payload = if failure.is_some() { &[] } else { result };
     if payload.len() <= COPIED {
         encode_result(out, &head, payload);
@@ -98,7 +138,7 @@ fn failure(completion: &Completion, result: &[u8]) -> Option<Refusal> {
     }
 }
 
-fn head<'a>(completion: &Completion, failure: Option<&'a Refusal>) -> ResultHead<'a> {
+fn head<'a>(hub: &Hub, completion: &Completion, failure: Option<&'a Refusal>) -> ResultHead<'a> {
     let [offered, claimed, done] = completion.times;
     ResultHead {
         id: completion.id,
@@ -108,6 +148,8 @@ fn head<'a>(completion: &Completion, failure: Option<&'a Refusal>) -> ResultHead
         returned_ns: now().saturating_sub(done),
         attempts: completion.attempts,
         worker: completion.worker.into(),
+        partial: false,
+        sequence: hub.with_front(|front| front.taken(completion.index)),
     }
 }
 
@@ -130,6 +172,7 @@ pub fn encode_refusal(out: &mut BytesMut, id: u64, refusal: &Refusal) {
 pub fn encode_call(hub: &Hub, ending: Ending, out: &mut BytesMut) -> Result<Option<Bytes>, Status> {
     let failed = match &ending {
         Ending::Failed { failure, .. } => Some(failure.clone().into()),
+        Ending::Partial(_) => None,
         Ending::Completed(completion) => match completion.outcome {
             Outcome::Success => None,
             _ => {

@@ -16,9 +16,9 @@ use hyper::body::Incoming;
 use tonic::Status;
 
 use super::{
-    hub::{Hub, Mailbox, NotOffered},
+    hub::{Ending, Hub, Mailbox, NotOffered},
     input::Input,
-    output,
+    output::{self, Drained},
     status::Refusal,
 };
 use crate::crash_point::crash_point;
@@ -129,6 +129,25 @@ impl ProcessBody {
     fn write(&mut self) {
         while self.out.len() < output::FRAME {
             let Some(ending) = self.mailbox.take() else { break };
+            let index = match &ending {
+                Ending::Partial(index) if !self.hub.is_in_work(*index, &self.mailbox) => continue,
+                Ending::Partial(index) => Some(*index),
+                Ending::Completed(completion) => Some(completion.index),
+                Ending::Failed { .. } => None,
+            };
+            let drained = index.map_or(Drained::All, |index| output::encode_partials(&self.hub, index, &mut self.out));
+            match (drained, &ending) {
+                (Drained::Some, _) => {
+                    self.mailbox.put_back(ending);
+                    break;
+                }
+                (Drained::Broken, _) => {
+                    self.refuse(&ending);
+                    continue;
+                }
+                (Drained::All, Ending::Partial(_)) => continue,
+                (Drained::All, _) => {}
+            }
             self.in_flight -= 1;
             if let Some(payload) = output::encode(&self.hub, ending, &mut self.out) {
                 self.frames.push_back(self.out.split().freeze());
@@ -139,6 +158,23 @@ impl ProcessBody {
         if !self.out.is_empty() {
             self.frames.push_back(self.out.split().freeze());
         }
+    }
+
+    /// Ends an item with a partial result that is none.
+    fn refuse(&mut self, ending: &Ending) {
+        let id = match ending {
+            Ending::Partial(index) => {
+                self.hub.give_up(*index);
+                self.hub.with_front(|front| front.id(*index))
+            }
+            Ending::Completed(completion) => {
+                self.hub.release(completion.index);
+                completion.id
+            }
+            Ending::Failed { .. } => return,
+        };
+        output::encode_refusal(&mut self.out, id, &Refusal::invalid_result());
+        self.in_flight -= 1;
     }
 
     fn close(&mut self, end: Result<(), Refusal>) {

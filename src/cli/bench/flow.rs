@@ -232,6 +232,10 @@ impl Load {
 
     async fn settle_all(&self, mut results: Streaming<WorkResult>) -> Result<(), tonic::Status> {
         while let Some(result) = results.message().await? {
+            if result.partial {
+                // Of a streaming handler it is the end that counts.
+                continue;
+            }
             let found = self.state().outstanding.remove(&result.id);
             match found {
                 Some(Outstanding { ticket, owner }) => {

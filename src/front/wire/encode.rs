@@ -22,6 +22,10 @@ pub struct ResultHead<'a> {
     pub attempts: u32,
     /// Who completed it.
     pub worker: u32,
+    /// There is more to come: then nothing is said of time.
+    pub partial: bool,
+    /// How many partial results came before.
+    pub sequence: u32,
 }
 
 /// Why an item failed.
@@ -74,11 +78,12 @@ fn encode_head(out: &mut BytesMut, head: &ResultHead<'_>, payload_len: usize, co
     let timing_len = uint_len(head.queued_ns) + uint_len(head.worked_ns) + uint_len(head.returned_ns);
     let status_len = head.status.as_ref().map(status_len);
     let payload_head = if payload_len > 0 { len_len(payload_len) } else { 0 };
+    let sequence = u64::from(head.sequence);
     let len = uint_len(head.id)
-        + len_len(timing_len)
-        + timing_len
+        + if head.partial { 2 } else { len_len(timing_len) + timing_len }
         + uint_len(attempts)
         + uint_len(worker)
+        + uint_len(sequence)
         + status_len.map_or(0, |len| len_len(len) + len)
         + payload_head;
     out.reserve(PREFIX + len + copied);
@@ -86,12 +91,17 @@ fn encode_head(out: &mut BytesMut, head: &ResultHead<'_>, payload_len: usize, co
     let mut small = Small::default();
     small.put(&prefix(len + payload_len));
     small.uint(1, head.id);
-    small.len(4, timing_len);
-    small.uint(1, head.queued_ns);
-    small.uint(2, head.worked_ns);
-    small.uint(3, head.returned_ns);
+    if head.partial {
+        small.uint(7, 1);
+    } else {
+        small.len(4, timing_len);
+        small.uint(1, head.queued_ns);
+        small.uint(2, head.worked_ns);
+        small.uint(3, head.returned_ns);
+    }
     small.uint(5, attempts);
     small.uint(6, worker);
+    small.uint(8, sequence);
     if let (Some(status), Some(len)) = (&head.status, status_len) {
         small.len(3, len);
         small.uint(1, code(status));
@@ -137,17 +147,17 @@ fn varint_len(value: u64) -> usize {
 
 /// Small fields on their way into a `BytesMut`, which is slow to append to byte by byte.
 ///
-/// The most that comes between two flushes is prefix 5, id 11, timing 35, attempts 6, worker 6, status 11, code 11 and
-/// a text's key and length 11: 96 bytes.
+/// The most that comes between two flushes is prefix 5, id 11, timing 35, attempts 6, worker 6, sequence 6, status 11, code
+/// 11 and a text's key and length 11: 102 bytes.
 struct Small {
-    bytes: [u8; 96],
+    bytes: [u8; 104],
     len: usize,
 }
 
 impl Default for Small {
     #[inline]
     fn default() -> Self {
-        Self { bytes: [0; 96], len: 0 }
+        Self { bytes: [0; 104], len: 0 }
     }
 }
 

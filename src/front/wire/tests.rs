@@ -230,6 +230,7 @@ proptest! {
         shifts in prop::array::uniform4(0u32..64),
         attempts: u32,
         worker: u32,
+        (partial, sequence) in any::<(bool, u32)>(),
         payload in vec(any::<u8>(), 0..1000),
     ) {
         let id = id >> shifts[3];
@@ -247,6 +248,8 @@ proptest! {
             returned_ns,
             attempts,
             worker,
+            partial,
+            sequence,
         };
         let expected = v1::WorkResult {
             id,
@@ -254,9 +257,11 @@ proptest! {
             status: status
                 .clone()
                 .map(|(code, message, reason, traceback)| v1::Status { code, message, reason, traceback }),
-            timing: Some(v1::Timing { queued_ns, worked_ns, returned_ns }),
+            timing: (!partial).then_some(v1::Timing { queued_ns, worked_ns, returned_ns }),
             attempts,
             worker,
+            partial,
+            sequence,
         };
         let mut reference = BytesMut::from("before");
         encode_message(&mut reference, &expected);
@@ -460,6 +465,8 @@ fn malformed_grpc_timeouts_are_refused() {
 fn the_largest_result_head_fits_its_stack_buffer() {
     let text = "x".repeat(300);
     let head = ResultHead {
+        partial: false,
+        sequence: u32::MAX,
         id: u64::MAX,
         status: Some(ResultStatus { code: -1, message: &text, reason: &text, traceback: &text }),
         queued_ns: u64::MAX,
