@@ -14,6 +14,8 @@ const PAGE: u64 = 4096;
 const PRIORITIES: u64 = 4;
 const RECORD: u64 = 256;
 const INLINE: u64 = 64;
+/// Partial results of an item that may wait.
+const WINDOW: u64 = 4;
 /// The owner of an item that the supervisor completed.
 const SUPERVISOR: u64 = 0xfff;
 
@@ -59,6 +61,7 @@ pub struct Copy {
     returns: u64,
     return_entries: u64,
     table: u64,
+    results: u64,
 }
 
 impl Copy {
@@ -85,6 +88,7 @@ impl Copy {
             returns: 0,
             return_entries: 0,
             table: 0,
+            results: 0,
         };
         copy.items = copy.u32(48);
         copy.fronts = copy.u32(52);
@@ -116,7 +120,7 @@ impl Copy {
         }
         place(8 * letters, PAGE);
         place(copy.fronts * copy.request_bytes, PAGE);
-        place(copy.workers * copy.result_bytes, PAGE);
+        copy.results = place(copy.workers * copy.result_bytes, PAGE);
         let total = place(0, PAGE);
         if total != copy.bytes.len() as u64 {
             return Err(format!("{} bytes, and by its geometry {total}", copy.bytes.len()));
@@ -161,6 +165,28 @@ impl Copy {
     /// The client's id of an item.
     pub fn id(&self, item: u64) -> u64 {
         self.u64(self.record(item) + 8)
+    }
+
+    /// The blocks of an item's partial results that nobody has taken yet: offset and bytes.
+    pub fn partials(&self, item: u64) -> Vec<(u64, u64)> {
+        let word = self.word(item);
+        if ![CLAIMED, DONE].contains(&word.phase) || word.owner >= self.workers {
+            return Vec::new();
+        }
+        let slots = (0..WINDOW).map(|slot| self.u64(self.record(item) + 160 + 8 * slot));
+        let its = slots.filter(|slot| (slot >> 36, slot >> 35 & 1) == (word.generation, 1));
+        let block = |slot: u64| {
+            let at = (slot & ((1 << 35) - 1)) * 64;
+            let is_inside = at + 8 <= self.result_bytes;
+            let len = if is_inside { self.u64(self.results + word.owner * self.result_bytes + at) } else { u64::MAX };
+            (at, len.saturating_add(64))
+        };
+        its.map(block).collect()
+    }
+
+    /// Whether a worker or the front sleeps for something that is in no lane.
+    pub fn sleeps(&self, participant: u64) -> bool {
+        self.u64(self.doors + participant * BLOCK) & 1 == 1
     }
 
     /// The items that are not FREE.
@@ -273,6 +299,9 @@ impl Copy {
             let result = self.u32(record + 132);
             if word.phase == DONE && word.owner != SUPERVISOR && result > INLINE {
                 blocks.entry(("result", word.owner)).or_default().push((self.u64(record + 136), result, item));
+            }
+            for (at, bytes) in self.partials(item) {
+                blocks.entry(("result", word.owner)).or_default().push((at, bytes, item));
             }
         }
         for ((arena, partition), mut blocks) in blocks {

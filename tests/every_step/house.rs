@@ -136,7 +136,8 @@ impl House {
 
     fn command(&self) -> Command {
         let pools = POOLS.map(|(name, workers)| match name {
-            "echo" => format!("echo:{workers}=echo"),
+            // Over a stream large ones come in parts.
+            "echo" => format!("echo:{workers}=echo:2KiB"),
             _ => format!("{name}:{workers}=exec:sh {}", self.files.name(&format!("{name}.sh"))),
         });
         let mut command = serve_command(&self.name, &["--arena", ARENA, "--capacity", "32", "--spin", "1ms"]);
@@ -310,7 +311,7 @@ impl House {
 
     async fn stream(&self) {
         'again: loop {
-            let items: Vec<_> = [3, 300, 30_000].map(|len| self.echo(len, 1)).into();
+            let items: Vec<_> = [3, 30_000, 300, 9_000, 30_000].map(|len| self.echo(len, 1)).into();
             let count = items.len();
             let mut results = match self.client().process(tokio_stream::iter(items)).await {
                 Ok(results) => results,
@@ -320,9 +321,24 @@ impl House {
                     continue;
                 }
             };
-            for _ in 0..count {
+            let (mut parts, mut ended) = (BTreeMap::<u64, (u32, Vec<u8>)>::new(), 0);
+            while ended < count {
                 match soon("a result", results.message()).await {
-                    Ok(result) => self.ledger.check(&result.expect("a result for each item")),
+                    Ok(result) => {
+                        let mut result = result.expect("a result for each item");
+                        let (attempts, bytes) = parts.entry(result.id).or_default();
+                        if result.attempts != std::mem::replace(attempts, result.attempts) {
+                            // What came before of it is void.
+                            bytes.clear();
+                        }
+                        assert_eq!(bytes.len(), result.sequence as usize * (2 << 10), "{} is not in order", result.id);
+                        bytes.extend_from_slice(&result.payload);
+                        if !result.partial {
+                            result.payload = std::mem::take(bytes).into();
+                            self.ledger.check(&result);
+                            ended += 1;
+                        }
+                    }
                     Err(status) => {
                         self.broke(&status);
                         continue 'again;

@@ -93,13 +93,14 @@ fn kill_at_every_step(who: &'static str, needed: &[&str]) {
 
 #[test]
 fn of_a_worker() {
-    kill_at_every_step("w0", &["take.claimed", "complete.written", "complete.done", "complete.told", "worker.stopped"]);
+    let needed = ["take.claimed", "complete.written", "complete.done", "complete.told", "worker.stopped"];
+    kill_at_every_step("w0", &[&needed[..], &["partial.written", "partial.put", "partial.told"]].concat());
 }
 
 #[test]
 fn of_the_front() {
     let needed = ["offer.ready", "collect.held", "returns.told", "updates.sent", "release.freed", "cancel.freed"];
-    kill_at_every_step("front", &needed);
+    kill_at_every_step("front", &[&needed[..], &["partial.copied", "partial.taken", "partial.credited"]].concat());
 }
 
 #[test]

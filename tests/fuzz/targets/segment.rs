@@ -168,10 +168,14 @@ fn session(world: &World, program: &mut Program<'_>) -> Option<()> {
                     let mut line = [0; INLINE];
                     let inline = front.inline_result(&completion, &mut line).map(<[u8]>::len);
                     let bytes = front.arena_result(&completion).map(<[u8]>::to_vec);
+                    take_parts(&mut front, completion.index);
                     if let Outcome::Failure(code) = completion.outcome {
                         fuzzing::failure(code, bytes.as_deref().unwrap_or(&line[..inline.unwrap_or(0)]));
                     }
                     held.push(completion.index);
+                }
+                while let Some(index) = front.noticed() {
+                    take_parts(&mut front, index);
                 }
             }
             23..=25 => held.pop().into_iter().for_each(|index| front.release(index)),
@@ -219,7 +223,7 @@ fn offer(front: &mut Front<'_>, program: &mut Program<'_>) -> Option<()> {
         id: len as u64,
         offered: now(),
         deadline: 0,
-        kind: if bits & 8 != 0 { Kind::Submit } else { Kind::Call },
+        kind: if bits & 8 != 0 { Kind::Submit } else { [Kind::Call, Kind::Stream][usize::from(extra & 1)] },
         subscription: if bits & 8 != 0 { &PAYLOAD[..usize::from(bits >> 4)] } else { &[] },
         metadata: &PAYLOAD[..usize::from(extra)],
     };
@@ -227,6 +231,17 @@ fn offer(front: &mut Front<'_>, program: &mut Program<'_>) -> Option<()> {
         front.discard(request);
     }
     Some(())
+}
+
+/// All that there are, unless they are broken.
+fn take_parts(front: &mut Front<'_>, index: u32) {
+    while let Some(Ok(partial)) = front.partial(index) {
+        let mut bytes = 0;
+        if front.take_partial(&partial, |piece| bytes += piece.len()) {
+            assert_eq!(bytes, partial.len);
+        }
+    }
+    front.taken(index);
 }
 
 fn work(worker: &mut Worker<'_>, program: &mut Program<'_>) -> Option<()> {
@@ -238,6 +253,10 @@ fn work(worker: &mut Worker<'_>, program: &mut Program<'_>) -> Option<()> {
         // As handlers do: they read all of it.
         let sum = item.payload().iter().fold(0u64, |sum, byte| sum.wrapping_add(u64::from(*byte)));
         let _ = (sum, item.all_metadata().count(), item.is_cancelled());
+        for part in PAYLOAD[..first].chunks(1800).take(second % 8) {
+            let _ = reply.write(part);
+            let _ = reply.try_send();
+        }
         let _ = reply.write(&PAYLOAD[..first]);
         let _ = reply.write(&PAYLOAD[..second]);
         drop(item);

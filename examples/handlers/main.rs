@@ -7,6 +7,8 @@
 //!
 //!     cargo run --example handlers -- --config settings.toml fail panic
 
+mod many;
+
 use std::{
     fs::{File, OpenOptions},
     io::{self, Write as _},
@@ -29,7 +31,7 @@ struct Options {
     #[arg(long)]
     config: Option<PathBuf>,
 
-    /// Be a worker of the pool `program`, as whose worker the server starts us
+    /// Be a worker of the pool `program` or `many`, as whose worker the server starts us
     #[arg(long, hide = true)]
     worker: bool,
 
@@ -37,7 +39,7 @@ struct Options {
     pools: Vec<String>,
 }
 
-const POOLS: [&str; 16] = [
+const POOLS: [&str; 18] = [
     "fail",
     "panic",
     "big",
@@ -53,7 +55,9 @@ const POOLS: [&str; 16] = [
     "hog",
     "scribble",
     "trace",
+    "parts",
     "program",
+    "many",
 ];
 
 fn pool(name: &str) -> Option<Pool> {
@@ -73,7 +77,8 @@ fn pool(name: &str) -> Option<Pool> {
         "hog" => Pool::new(name, hog),
         "scribble" => Pool::new(name, scribble),
         "trace" => Pool::with_handler(name, Trace::default()),
-        "program" => Pool::program(name, Program::new("/proc/self/exe").args(["--worker"])),
+        "parts" => Pool::new(name, parts),
+        "program" | "many" => Pool::program(name, Program::new("/proc/self/exe").args(["--worker"])),
         _ => return None,
     })
 }
@@ -239,6 +244,26 @@ fn wait(item: &Item<'_>) {
     }
 }
 
+/// Sends as many parts as the payload says, of as many bytes as the metadata says: over `Process` each as it is made. Before
+/// the part that the metadata's `at` names it waits as `hold` does. What it has sent it notes.
+fn parts(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    let parsed = |key| item.metadata(key).and_then(|text| text.parse::<usize>().ok());
+    note(item, "journal", &format!("{} began in {}", item.id(), std::process::id()))?;
+    for n in 0..number(item)? {
+        if parsed("at") == Some(n) {
+            wait(item);
+        }
+        reply.write(&vec![n as u8; parsed("size").unwrap_or(1)])?;
+        if let Err(error) = reply.send() {
+            note(item, "journal", &format!("{error} at {n}"))?;
+            return Err(error.into());
+        }
+        note(item, "sent", &n.to_string())?;
+    }
+    reply.write(b"end")?;
+    Ok(())
+}
+
 /// Leaves a trace of each execution: a line `ID ATTEMPT PID TIME` in the file that the variable JOURNAL names, which also
 /// begins the result. Then it works for as many milliseconds as the metadata says, waits as `hold` does, and echoes.
 #[derive(Default)]
@@ -303,7 +328,9 @@ fn main() -> anyhow::Result<()> {
     tracing_subscriber::fmt().with_writer(io::stderr).with_target(false).with_ansi(false).init();
     if options.worker {
         // Any program can be a worker; this one has only to be told that it is.
-        return Ok(Attached::from_env()?.run(&mut hold)?);
+        let mut worker = Attached::from_env()?;
+        let worked = if worker.pool() == "many" { many::work(&mut worker) } else { worker.run(&mut hold) };
+        return worked.context("cannot wait for items");
     }
     let config = options.config.as_deref().map_or_else(|| Ok(Config::default()), Config::from_file)?;
     let mut server = Server::from_config(config)?;
