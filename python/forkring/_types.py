@@ -118,6 +118,10 @@ class Result(NamedTuple):
     """How many times the item was given to a worker: 1 unless a worker died of it."""
     worker: int
     """The number of the worker that completed it."""
+    partial: bool = False
+    """Of `process` only: there is more to come of the item, and this is what its handler sent so far."""
+    sequence: int = 0
+    """How many partial results came before. If it begins anew, with `attempts` higher, a worker died: forget those."""
 
     @property
     def ok(self) -> bool:
@@ -185,6 +189,8 @@ def result_of(message: Any) -> Result:
         timing=Timing(timing.queued_ns / 1e9, timing.worked_ns / 1e9, timing.returned_ns / 1e9),
         attempts=message.attempts,
         worker=message.worker,
+        partial=message.partial,
+        sequence=message.sequence,
     )
 
 

@@ -170,6 +170,7 @@ mod tests {
     use super::*;
     use crate::{
         dispatch::{Claimed, DeadLetters, Death, Failure, ReplyError, Worker, sweep_worker},
+        process::now,
         segment::{Geometry, SegmentOwner, WINDOW},
     };
 
