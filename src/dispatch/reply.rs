@@ -253,8 +253,9 @@ impl<'s> Reply<'_, 's> {
     }
 
     /// Completes the item with these bytes as its result; `code` is 0 or that of the failure they describe.
+    // Not by value: a move of what was written field by field waits for the stores.
     #[inline(always)]
-    pub fn complete(mut self, claimed: Claimed<'_>, code: u32, claimed_at: u64, done_at: u64) {
+    pub fn complete(&mut self, claimed: Claimed<'_>, code: u32, claimed_at: u64, done_at: u64) {
         if self.draft.block.is_some() {
             self.settle(&claimed);
         } else {
@@ -279,7 +280,7 @@ impl<'s> Reply<'_, 's> {
     }
 
     /// Completes the item with a failure instead.
-    pub(crate) fn fail(mut self, claimed: Claimed<'_>, failure: &Failure, claimed_at: u64, done_at: u64) {
+    pub(crate) fn fail(&mut self, claimed: Claimed<'_>, failure: &Failure, claimed_at: u64, done_at: u64) {
         self.clear();
         self.free_block();
         self.draft.most = usize::MAX;

@@ -225,7 +225,9 @@ impl<'s> Worker<'s> {
         let record = claimed.record;
         let payload = match record.payload_len.load(Relaxed) as usize {
             len @ 0..=INLINE => {
-                record.request.load(&mut request.0);
+                // Of a length that is not known: then the copy is made like those of handlers, and what loads its bytes in
+                // one does not wait for several stores.
+                record.request.load(&mut request.0[..len]);
                 &request.0[..len]
             }
             len => self.segment.read_request(claimed.front, record.request_offset.load(Relaxed), len as u64)?,
