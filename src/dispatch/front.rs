@@ -164,11 +164,11 @@ impl<'s> Front<'s> {
     /// Memory for a payload of so many bytes.
     #[inline(always)]
     pub fn request(&mut self, len: usize) -> Result<Request, OfferError> {
-        let mut request = Request { most: len, ..Request::default() };
-        if len > INLINE {
-            request.block = Some(self.arena.allocate(len as u64).ok_or(OfferError::Arena)?);
+        if len <= INLINE {
+            return Ok(Request { most: len, ..Request::default() });
         }
-        Ok(request)
+        let block = self.arena.allocate(len as u64).ok_or(OfferError::Arena)?;
+        Ok(Request { most: len, block: Some(block), ..Request::default() })
     }
 
     /// Appends bytes to a payload. What goes beyond the announced length is left out.
