@@ -6,7 +6,10 @@
 use std::{
     collections::VecDeque,
     io,
-    sync::{Arc, atomic::Ordering::*},
+    sync::{
+        Arc,
+        atomic::{Ordering::*, fence},
+    },
     time::{Duration, Instant},
 };
 
@@ -119,23 +122,32 @@ impl<'s> Output<'s> {
             if word.phase() != Phase::Done || word.owner() != number {
                 continue;
             }
-            let mut keep = |span, submitted_bytes, partial| {
-                used.push(span);
-                let memory = Memory::Inherited(span);
-                results.push_back(Kept { index, word, memory, hold: None, submitted_bytes, partial });
-            };
+            let mut found = Vec::new();
             let len = u64::from(record.result_len.load(Relaxed));
             if len > INLINE as u64 {
                 let submitted_bytes = if kind_of(record) == Kind::Submit { len } else { 0 };
-                keep(Span { offset: record.result_offset.load(Relaxed), len }, submitted_bytes, None);
+                found.push((Span { offset: record.result_offset.load(Relaxed), len }, submitted_bytes, None));
             }
             for (slot, n) in record.partials.iter().zip(0..) {
                 let Some(entry) = Entry::look(slot, word.generation()) else { continue };
                 let mut len = [0; 8];
                 if segment.copy_result(number, entry.offset(), &mut len) {
                     let len = LEAD.saturating_add(u64::from_le_bytes(len));
-                    keep(Span { offset: entry.offset(), len }, 0, Some((n, entry)));
+                    found.push((Span { offset: entry.offset(), len }, 0, Some((n, entry))));
                 }
+            }
+            // The front may have released it meanwhile, and then this is what another worker wrote.
+            fence(Acquire);
+            if Word::load(&record.word) == word {
+                used.extend(found.iter().map(|(span, ..)| *span));
+                results.extend(found.into_iter().map(|(span, submitted_bytes, partial)| Kept {
+                    index,
+                    word,
+                    memory: Memory::Inherited(span),
+                    hold: None,
+                    submitted_bytes,
+                    partial,
+                }));
             }
         }
         let blocks = geometry.items + PARTIAL_BLOCKS;
