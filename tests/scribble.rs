@@ -7,6 +7,7 @@ use std::{collections::HashSet, fs, os::unix::fs::FileExt, path::Path};
 
 use common::{
     Files, Server,
+    audit::{CLAIMED, Copy, READY, Word},
     health::Health,
     processes::{is_alive, signal},
     run, soon, until,
@@ -183,6 +184,53 @@ fn garbage_on_any_page_is_survived_and_mended() {
             server.successor(name, child).await;
         }
         assert_recovers(&server.client().await, &server).await;
+        end(server).await;
+    });
+}
+
+/// Whatever byte of the word of an item that waits, or that is in work, is another: after its worker's death each of them
+/// comes to an end. A word whose owner is nobody would be claimed by nobody and swept by nobody.
+#[test]
+fn no_byte_of_a_word_makes_an_item_wait_for_ever() {
+    const WORKERS: usize = 8;
+    run(async {
+        let server = Server::handlers(&["hold"], "workers = 8\ncapacity = 64").await;
+        let client = server.client().await;
+        let segment = fs::OpenOptions::new().write(true).open(server.segment()).expect("the segment");
+        server.family(WORKERS).await;
+        for byte in 0..WORKERS {
+            let files = Files::new();
+            let call = |id| {
+                let (client, item) = (client.clone(), files.holding(id, "go"));
+                tokio::spawn(async move { client.call(item).await })
+            };
+            let mut calls: Vec<_> = (0..WORKERS as u64).map(call).collect();
+            files.began(WORKERS).await;
+            calls.push(call(WORKERS as u64));
+            let look = || Copy::read(&server.segment()).expect("a segment");
+            let has = |phase, owner| {
+                let wanted = |word: &Word| word.phase == phase && word.owner == owner;
+                look().in_use().into_iter().find_map(|(item, word)| wanted(&word).then_some(item))
+            };
+            let waiting = until("an item that waits", || has(READY, 0)).await;
+            let in_work = until("an item in work", || has(CLAIMED, byte as u64)).await;
+            for item in [waiting, in_work] {
+                let at = look().record(item) + byte as u64;
+                segment.write_all_at(&[0xa5], at).expect("its own test's segment");
+            }
+            // Another one each time: those that die often are started ever more slowly.
+            let (worker, before) = (server.child(&format!("w{byte}")).await, deaths(&server));
+            signal(worker, Signal::SIGKILL);
+            until("its death", || (deaths(&server) > before).then_some(())).await;
+            files.make("go");
+            for call in calls {
+                if let Err(status) = soon("an end", call).await.expect("a task") {
+                    let reason = v1::Status::from(&status).reason;
+                    assert!(CLEAR.contains(&(status.code(), &reason)), "byte {byte}: {status:?}");
+                }
+            }
+            assert_recovers(&client, &server).await;
+        }
         end(server).await;
     });
 }

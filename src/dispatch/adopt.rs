@@ -54,7 +54,9 @@ pub fn adopt(segment: &Segment) -> io::Result<Left> {
         let record = segment.item(index);
         let word = Word::load(&record.word);
         // A worker that scribbled over the word must not leave an item that nobody can claim.
-        let is_broken = u32::from(word.lane()) >= lanes(segment);
+        let is_ready = word.phase() == Phase::Ready;
+        let is_broken =
+            u32::from(word.lane()) >= lanes(segment) || is_ready && !word.may_end(segment.geometry().workers);
         match word.phase() {
             Phase::Ready | Phase::Claimed if is_broken => {
                 let damaged = Failure::new(Code::Aborted, "WORKER_CRASHED", "the item's record was damaged");

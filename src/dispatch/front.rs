@@ -341,7 +341,7 @@ impl<'s> Front<'s> {
             let record = self.segment.item(index);
             let word = Word::load(&record.word);
             let state = known.state;
-            let is_damaged = !word.follows(known.word);
+            let is_damaged = !word.follows(known.word, self.segment.geometry().workers);
             if matches!(state, State::Free | State::Held) || !is_damaged && word.phase() != Phase::Done {
                 if state == State::Waiting && known.stream.is_some() {
                     self.notice(index);
@@ -392,12 +392,13 @@ impl<'s> Front<'s> {
         let asked = self.segment.rescan(self.number).swap(0, AcqRel);
         crash_point!("scan.begun");
         self.consumers.iter_mut().for_each(Consumer::check);
+        let workers = self.segment.geometry().workers;
         for index in self.first..self.first + self.known.len() as u32 {
             let record = self.segment.item(index);
             let word = Word::load(&record.word);
             let known = &mut self.known[(index - self.first) as usize];
             match (word.phase(), known.state) {
-                (_, State::Waiting | State::Abandoned) if !word.follows(known.word) => self.found.push(index),
+                (_, State::Waiting | State::Abandoned) if !word.follows(known.word, workers) => self.found.push(index),
                 (Phase::Done, State::Waiting | State::Abandoned) => self.found.push(index),
                 // Given back by a sweep, which may have found the lane full; or its hint is gone, for no lane is empty that
                 // has one.
@@ -490,12 +491,13 @@ impl<'s> Front<'s> {
     pub fn release(&mut self, index: u32) {
         let record = self.segment.item(index);
         let word = Word::load(&record.word);
+        let workers = self.segment.geometry().workers;
         let known = self.known_mut(index);
         if known.state != State::Held {
             debug_assert!(false, "released an item that is {:?}", known.state);
             return;
         }
-        let free = if word.follows(known.word) { word.with(Phase::Free, 0) } else { known.word.discarded() };
+        let free = if word.follows(known.word, workers) { word.with(Phase::Free, 0) } else { known.word.discarded() };
         let in_arena = known.stream.is_some() || record.result_len.load(Relaxed) as usize > INLINE;
         free.store(&record.word, word);
         crash_point!("release.freed");

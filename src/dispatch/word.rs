@@ -109,9 +109,20 @@ impl Word {
 
     /// Whether an item that was offered as `offered`, and not freed since, may have this word by now, however often it was
     /// given back. If not, somebody scribbled.
-    pub const fn follows(self, offered: Word) -> bool {
+    pub const fn follows(self, offered: Word, workers: u32) -> bool {
         let times = self.generation().wrapping_sub(offered.generation()) & GENERATION_MASK;
-        !matches!(self.phase(), Phase::Free) && self.lane() == offered.lane() && times <= u8::MAX as u32
+        self.may_end(workers) && self.lane() == offered.lane() && times <= u8::MAX as u32
+    }
+
+    /// Whether an item in use may have this word: one that has no such owner is claimed by nobody, and swept by nobody.
+    pub const fn may_end(self, workers: u32) -> bool {
+        let owner = self.owner();
+        match self.phase() {
+            Phase::Free => false,
+            Phase::Ready => owner == 0,
+            Phase::Claimed => (owner as u32) < workers,
+            Phase::Done => (owner as u32) < workers || owner == SUPERVISOR,
+        }
     }
 
     /// FREE after somebody scribbled: no word that may have been meant for the item follows the next use.
@@ -215,14 +226,19 @@ mod tests {
             for _ in 0..times {
                 word = word.with(Phase::Claimed, 7).requeued();
             }
-            for phase in [Phase::Ready, Phase::Claimed, Phase::Done] {
-                let now = word.with(phase, 7);
-                prop_assert!(now.follows(offered));
-                prop_assert!(!now.follows(offered.discarded().offered(lane)), "the next use after damage");
-                prop_assert!(!Word::new(now.generation(), lane + 1, 7, phase, 0).follows(offered));
+            for (phase, owner) in [(Phase::Ready, 0), (Phase::Claimed, 7), (Phase::Done, 7), (Phase::Done, SUPERVISOR)] {
+                let now = word.with(phase, owner);
+                prop_assert!(now.follows(offered, 8));
+                prop_assert!(!now.follows(offered.discarded().offered(lane), 8), "the next use after damage");
+                prop_assert!(!Word::new(now.generation(), lane + 1, owner, phase, 0).follows(offered, 8));
             }
-            prop_assert!(!word.with(Phase::Free, 0).follows(offered));
-            prop_assert!(!offered.follows(offered.with(Phase::Free, 0).offered(lane)), "the use before");
+            for (phase, owner) in
+                [(Phase::Ready, 7), (Phase::Ready, SUPERVISOR), (Phase::Claimed, 8), (Phase::Claimed, SUPERVISOR), (Phase::Done, 8)]
+            {
+                prop_assert!(!word.with(phase, owner).follows(offered, 8), "nobody would ever complete it");
+            }
+            prop_assert!(!word.with(Phase::Free, 0).follows(offered, 8));
+            prop_assert!(!offered.follows(offered.with(Phase::Free, 0).offered(lane), 8), "the use before");
         }
     }
 }

@@ -146,7 +146,8 @@ impl Copy {
         BLOCK + (8 * self.return_entries).next_multiple_of(BLOCK)
     }
 
-    fn record(&self, item: u64) -> u64 {
+    /// Where the record of an item is; it begins with the word.
+    pub fn record(&self, item: u64) -> u64 {
         self.table + item * RECORD
     }
 

@@ -79,9 +79,9 @@ impl<'s> Front<'s> {
         let workers = self.segment.geometry().workers;
         let known = self.known_mut(index);
         let is_there = matches!(known.state, State::Waiting | State::Held)
-            && word.follows(known.word)
+            && word.follows(known.word, workers)
             && matches!(word.phase(), Phase::Claimed | Phase::Done)
-            && u32::from(word.owner()) < workers;
+            && word.owner() != SUPERVISOR;
         let taken = known.stream.as_mut().filter(|_| is_there)?;
         if taken.generation != word.generation() {
             *taken = Taken { is_noticed: taken.is_noticed, ..Taken::none_of(word) };

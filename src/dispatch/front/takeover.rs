@@ -99,11 +99,7 @@ impl<'s> Front<'s> {
             break word;
         };
         // Nobody would ever complete it: let the first look at it find it damaged.
-        let is_broken = match word.phase() {
-            Phase::Ready => usize::from(word.lane()) >= self.lanes.len(),
-            Phase::Claimed => u32::from(word.owner()) >= self.segment.geometry().workers,
-            Phase::Done | Phase::Free => false,
-        };
+        let is_broken = usize::from(word.lane()) >= self.lanes.len() || !word.may_end(self.segment.geometry().workers);
         let known = &mut self.known[(index - self.first) as usize];
         known.word = if is_broken { word.discarded() } else { word };
         known.id = record.id.load(Relaxed);
