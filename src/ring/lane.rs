@@ -228,8 +228,24 @@ impl<'a> Lane<'a> {
     /// Whether its words fit together, as they do whatever died or is going on here, unless somebody scribbled over them:
     /// what lies between head and tail was pushed, and what lies behind is not left over.
     pub fn is_sound(&self) -> bool {
-        let (head, tail) = (self.head.load(Relaxed), self.tail.load(Relaxed));
-        // What was pushed and taken when the two were read, is now seen to be.
+        let counters = || (self.head.load(Relaxed), self.tail.load(Relaxed));
+        // Who is kept from its core for laps while it looks, sees what does not fit together: it looks again. What changes all
+        // the time is in use.
+        for _ in 0..4 {
+            let before = counters();
+            if self.fits(before) {
+                return true;
+            }
+            if counters() == before {
+                return false;
+            }
+        }
+        true
+    }
+
+    fn fits(&self, (head, tail): (u64, u64)) -> bool {
+        // On processors that reorder loads a cell may still look older than the counters: then a lane in good order is emptied,
+        // and the fronts push their hints again.
         fence(SeqCst);
         let cells = self.cells.len() as u64;
         let held = tail.wrapping_sub(head);
