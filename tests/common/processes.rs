@@ -42,6 +42,12 @@ pub fn is_alive(pid: i32) -> bool {
     look(pid).is_some()
 }
 
+/// Whether it has been stopped, and is not dead.
+pub fn is_stopped(pid: i32) -> bool {
+    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    stat.rsplit_once(')').is_some_and(|(_, tail)| tail.starts_with(" T"))
+}
+
 /// When a process started, in clock ticks since boot.
 pub fn start_time(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

@@ -20,7 +20,12 @@ use tokio::{
 
 use super::{
     chance::Chance,
-    common::{Files, PATIENCE, Server, processes::Process, server::unique_name, soon, until},
+    common::{
+        Files, PATIENCE, Server,
+        processes::{Process, children, is_stopped},
+        server::unique_name,
+        soon, until,
+    },
     link::{Caller, Link},
     load::Storm,
     tally::Shape,
@@ -39,10 +44,9 @@ pub struct Killer {
     /// Kept to the end, because dropping one removes the segment, which is the next one's by then.
     dead: Vec<Server>,
     seen: HashMap<i32, Instant>,
-    killed: HashSet<i32>,
+    /// All that were, of all servers.
+    pub killed: HashSet<i32>,
     stopped: Vec<(Process, Instant)>,
-    /// Of workers.
-    pub deaths: u64,
 }
 
 impl Killer {
@@ -59,7 +63,6 @@ impl Killer {
             seen: HashMap::new(),
             killed: HashSet::new(),
             stopped: Vec::new(),
-            deaths: 0,
         }
     }
 
@@ -138,8 +141,6 @@ impl Killer {
         if front {
             let link = self.storm.link.clone();
             spawn_local(async move { mend(&link).await });
-        } else {
-            self.deaths += 1;
         }
     }
 
@@ -159,8 +160,10 @@ impl Killer {
 
     /// Kills the supervisor, and all with it; the next server of that name adopts what it left.
     async fn kill_server(&mut self) {
-        let family = self.server.children();
-        self.deaths += family.iter().filter(|child| !is_front(child) && self.killed.insert(child.pid)).count() as u64;
+        // Stopped, it starts nobody whom we do not know.
+        self.server.signal(Signal::SIGSTOP);
+        until("a supervisor that is stopped", || is_stopped(self.server.pid()).then_some(())).await;
+        self.killed.extend(children(self.server.pid()).iter().map(|child| child.pid));
         self.storm.link.cut();
         self.storm.tally.borrow_mut().killed("server");
         self.server.signal(Signal::SIGKILL);

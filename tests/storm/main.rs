@@ -63,14 +63,14 @@ async fn round(mut chance: Chance, length: Duration, tally: Tally) -> Tally {
     join("the last answers", workers).await;
     killer.settle().await;
     killer.assert_capacity(CAPACITY).await;
-    let (journal_file, deaths) = (killer.journal(), killer.deaths);
+    let (journal_file, killed) = (killer.journal(), killer.killed.clone());
     let executions = journal(&journal_file);
     storm.link.cut();
     storm.over.set(true);
     killer.end().await;
     join("the end of the updates", subscribers).await;
     let mut tally = storm.tally.take();
-    tally.balance(executions, deaths);
+    tally.balance(executions, &killed);
     tally
 }
 

@@ -4,7 +4,7 @@
 //! |---|---|
 //! | accepted is never lost | each id that a receipt counted comes as an update |
 //! | one worker at a time | no two executions of an id with the same attempt, in the journal that the handlers write |
-//! | nothing is taken from a process that is not dead | not more second attempts than workers that were killed |
+//! | nothing is taken from a process that is not dead | who had an attempt that was not the last was killed |
 //! | completed once | an update that comes twice is byte for byte the same execution, and nothing was executed after it |
 //! | sent twice only when it must be | between the two the connection was cut |
 //! | results of streams and calls come once | an id of these never comes again |
@@ -185,9 +185,8 @@ impl Tally {
         Ok(())
     }
 
-    /// When nothing is under way any more: the books must balance, and new ones are begun. `deaths` is how many workers
-    /// were killed.
-    pub fn balance(&mut self, executions: impl Iterator<Item = Execution>, deaths: u64) {
+    /// When nothing is under way any more: the books must balance, and new ones are begun. `killed` are all that were.
+    pub fn balance(&mut self, executions: impl Iterator<Item = Execution>, killed: &HashSet<i32>) {
         let mut attempts = HashSet::new();
         let mut known = HashSet::new();
         let mut last = vec![0; self.fates.len()];
@@ -222,11 +221,13 @@ impl Tally {
                 }
             }
         }
-        let retries: u64 = last.iter().map(|last| last.saturating_sub(1)).sum();
-        if retries > deaths {
-            self.violations.push(format!("{retries} second attempts of {deaths} workers that were killed"));
+        for execution in known {
+            let was_last = last.get(execution.id as usize).is_none_or(|last| *last == execution.attempt);
+            if !was_last && !killed.contains(&(execution.pid as i32)) {
+                self.violations.push(format!("{execution:?} was taken from a process that nobody killed"));
+            }
         }
-        self.retries += retries;
+        self.retries += last.iter().map(|last| last.saturating_sub(1)).sum::<u64>();
         self.fates.clear();
     }
 }
