@@ -17,7 +17,7 @@ use tonic::{Code, Streaming};
 
 use super::{
     BenchArgs, Mode,
-    connection::{Client, Connection, Target},
+    connection::{self, Client, Connection, Target},
     pace::{Pace, Ticket},
     tally::{Report, Tally},
 };
@@ -142,7 +142,7 @@ impl Load {
     async fn call_in_turn(&self, connection: Connection) -> Ended {
         let mut client = self.target.client(connection.clone());
         while let Some(ticket) = self.begin().await {
-            match client.call(self.item(&ticket)).await {
+            match client.call(connection::request(self.item(&ticket))).await {
                 Ok(result) => self.conclude(&ticket, result.into_inner()),
                 Err(status) => {
                     let status = v1::Status::from(&status);
