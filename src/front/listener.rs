@@ -26,11 +26,12 @@ use tonic::service::Routes;
 
 use super::{hub::Hub, service::answer};
 
-/// Unread bytes that a client may have under way, on a stream and on a connection, and the largest frame it may send:
-/// wide enough that a payload of a megabyte does not wait for window updates.
+/// Unread bytes that a client may have under way, on a stream and on a connection: wide enough that a payload of a megabyte
+/// does not wait for window updates.
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
-const MAX_FRAME: u32 = 1 << 20;
+/// The largest frame that a client may send. One that fits the core's own cache is still there when it is copied to the arena.
+const MAX_FRAME: u32 = 256 << 10;
 /// Bytes of responses that HTTP/2 buffers for a stream whose client reads slowly.
 const SEND_BUFFER: usize = 1 << 20;
 const MAX_STREAMS: u32 = 2048;
