@@ -79,7 +79,15 @@ class App(harness.Server):
         raise AssertionError(f"it must fail, and gave {answer}")
 
     def workers(self):
-        """Pids by name."""
+        """Pids by name, of those that have begun."""
+        return self._children(r"forkring-w\d+")
+
+    def front(self):
+        """Its pid."""
+        (front,) = self._children("forkring-front").values()
+        return front
+
+    def _children(self, wanted):
         children = {}
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
@@ -89,7 +97,7 @@ class App(harness.Server):
                     continue
                 name, rest = re.match(r"\d+ \((.*)\) (.*)", stat, re.S).groups()
                 state, parent = rest.split()[:2]
-                if int(parent) == self.process_id and state not in "ZX" and re.fullmatch(r"forkring-w\d+", name):
+                if int(parent) == self.process_id and state not in "ZX" and re.fullmatch(wanted, name):
                     children[name] = int(folder.name)
         return children
 

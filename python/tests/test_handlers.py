@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import time
+from pathlib import Path
 
 import numpy
 from harness import Gate, error_of
@@ -91,6 +92,25 @@ def test_nothing_is_copied_on_the_way_to_numpy_and_back(serve):
         assert app.call("double", numbers.tobytes()) == (numbers * 2).tobytes()
     # What others wrote there before is not seen.
     assert json.loads(app.call("places", bytes(4 << 20)))["zero"]
+
+
+def test_arrays_of_4_mib_are_where_the_front_wrote_and_reads_them(serve):
+    app = serve("basic.py:marked")
+    segment = Path(f"/dev/shm/forkring-{app.name}")
+    random = numpy.random.default_rng()
+    # The second has other places, and what the first left there.
+    for _ in range(2):
+        numbers = random.integers(2**63, size=(4 << 20) // 8, dtype="uint64")
+        sent = numbers.tobytes()
+        result = app.call("marked", sent)
+        returned = numpy.frombuffer(result, dtype="uint64")
+        assert (returned[2:] == numbers[2:] + 1).all()
+        # Nobody has used the memory since: it is all there, and nowhere else.
+        memory = segment.read_bytes()
+        for place, whole in zip(map(int, returned[:2]), (sent, result)):
+            assert memory[place : place + len(whole)] == whole
+            part = whole[3 << 20 :][:64]
+            assert memory.count(part) == 1
 
 
 def test_a_reply_is_filled_in_place(serve):

@@ -78,12 +78,13 @@ class Counter:
 
 
 def mapping_of(address):
+    """The file that is mapped at an address, and where in it that is."""
     for line in open("/proc/self/maps"):
-        bounds, _, _, _, _, *name = line.split()
+        bounds, _, offset, _, _, *name = line.split()
         first, last = (int(bound, 16) for bound in bounds.split("-"))
         if first <= address < last:
-            return " ".join(name)
-    return "nowhere"
+            return " ".join(name), int(offset, 16) + address - first
+    return "nowhere", 0
 
 
 def places(item):
@@ -100,8 +101,8 @@ def places(item):
     return json.dumps(
         {
             "same": payload[0] == matrix.__array_interface__["data"][0],
-            "payload": mapping_of(payload[0]),
-            "reply": mapping_of(filled.__array_interface__["data"][0]),
+            "payload": mapping_of(payload[0])[0],
+            "reply": mapping_of(filled.__array_interface__["data"][0])[0],
             "read_only": payload[1] and not writable,
             "zero": not filled.any(),
         }
@@ -113,6 +114,15 @@ def double(item):
     numbers = item.numpy("int64")
     out = numpy.frombuffer(item.reply(numbers.nbytes), dtype="int64")
     numpy.multiply(numbers, 2, out=out)
+    return out
+
+
+def marked(item):
+    """One more than each number, and in place of the first two where in the segment both arrays are."""
+    numbers = item.numpy("uint64")
+    out = numpy.frombuffer(item.reply(numbers.nbytes), dtype="uint64")
+    numpy.add(numbers, 1, out=out)
+    out[:2] = [mapping_of(array.__array_interface__["data"][0])[1] for array in (numbers, out)]
     return out
 
 
