@@ -6,6 +6,7 @@ It speaks Submit and GetUpdates of forkring.v1.Dispatcher, so that `forkring ben
 """
 
 import multiprocessing
+import os
 import sys
 import tempfile
 from multiprocessing import Queue
@@ -23,6 +24,9 @@ def generate(folder):
     arguments = [f"-I{PROTO}", f"-I{includes}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
     if protoc.main(["protoc", *arguments, "forkring/v1/dispatcher.proto"]) != 0:
         sys.exit(f"cannot compile {PROTO}/forkring/v1/dispatcher.proto")
+    # A package of its own, which comes before one that is installed under its name.
+    for package in ("forkring", "forkring/v1"):
+        Path(folder, package, "__init__.py").touch()
     sys.path.insert(0, folder)
 
 
@@ -37,8 +41,8 @@ def main():
     multiprocessing.set_start_method("fork")
     work_queue = Queue(maxsize=MAX_SIZE)
     update_queue = Queue(maxsize=MAX_SIZE)
-    # A machine with one core still needs a worker.
-    process_count = max(2, multiprocessing.cpu_count())
+    # A machine with one core still needs a worker. $PROCESSES is how many there are instead, the server among them.
+    process_count = int(os.environ.get("PROCESSES", max(2, multiprocessing.cpu_count())))
     processes = []
     for i in range(process_count):
         p = multiprocessing.Process(
