@@ -1,5 +1,7 @@
 """Drives forkring and its peers with one load generator, `forkring bench`, and hands what it measured to the report.
 
+Peers that do not speak `forkring.v1.Dispatcher` get the same load from `examples/peer_load.rs`.
+
 Cases are interleaved, A B A B A B, because a virtual machine has moods that last longer than a run: a ratio is only
 taken between runs that lie side by side. Started by scripts/compare, which builds what is needed. Ends only processes
 that it started, also when it fails.
@@ -8,7 +10,6 @@ that it started, also when it fails.
 import argparse
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -20,34 +21,30 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import compare_report
-
-ROOT = Path(__file__).resolve().parent.parent
-LISTENING = re.compile(r"listening on ([0-9.]+:[0-9]+)")
-START_TIMEOUT = 60
-STOP_TIMEOUT = 20
-
-
-@dataclass
-class Case:
-    name: str  # for --only and the plots
-    load: str  # options of `forkring bench`
-    peers: list  # beside forkring; the first is the one that ratios are taken against
-
+from compare_report import Case
+from compare_servers import CORES, ROOT, WORK, Server, Starts, context_switches, cpu_seconds, private_bytes, tree
 
 SMALL = ["tonic"]
 LARGE = ["tonic", "tonic-wide"]
 CASES = [
-    Case("unary, 1", "--mode call --in-flight 1", SMALL),
-    Case("unary, 64", "--mode call --in-flight 64", SMALL),
-    Case("unary, 256", "--mode call --in-flight 256", SMALL),
-    Case("stream, 1", "--mode process --in-flight 1", SMALL),
-    Case("stream, 64", "--mode process --in-flight 64", SMALL),
-    Case("unary 1 MiB, 1", "--mode call --in-flight 1 --payload 1m", LARGE),
-    Case("unary 1 MiB, 8", "--mode call --in-flight 8 --payload 1m", LARGE),
-    Case("submit, 1", "--mode submit --in-flight 1", ["post"]),
-    Case("submit, 64", "--mode submit --in-flight 64", ["post"]),
-    Case("submit, 1024", "--mode submit --in-flight 1024", ["post"]),
+    Case("unary, 1", "call", 1, SMALL),
+    Case("unary, 64", "call", 64, SMALL),
+    Case("unary, 256", "call", 256, SMALL),
+    Case("stream, 1", "process", 1, SMALL),
+    Case("stream, 64", "process", 64, SMALL),
+    Case("unary 1 MiB, 1", "call", 1, LARGE, payload=1 << 20),
+    Case("unary 1 MiB, 8", "call", 8, LARGE, payload=1 << 20),
+    Case("submit, 1", "submit", 1, ["post"]),
+    Case("submit, 64", "submit", 64, ["post"]),
+    Case("submit, 1024", "submit", 1024, ["post"]),
+    # A Python worker; beside it the Rust worker, and what others make of Python.
+    Case("python unary, 1", "call", 1, ["forkring", "triton"], subject="python", pool="echo"),
+    Case("python unary, 64", "call", 64, ["forkring", "mosec", "mosec-batch", "triton"], subject="python", pool="echo"),
+    Case("python stream, 64", "process", 64, ["forkring"], subject="python", pool="echo"),
+    Case("python 4 MiB, 1", "call", 1, ["triton"], payload=4 << 20, subject="python", pool="increment"),
+    Case("python cpu, 64", "submit", 64, ["python", "post-cpu", "post-cpu-n"], subject="python-n", pool="digests"),
 ]
+ITEM_COST = "python item cost"
 
 
 @dataclass
@@ -62,113 +59,9 @@ class Run:
 class Results:
     runs: dict = field(default_factory=dict)  # (case name, server name) -> [Run]
     idle: dict = field(default_factory=dict)  # server name -> [compare_report.Process]
+    bare: list = field(default_factory=list)  # (items/s of one process alone, of CORES processes)
+    item_cost: dict = field(default_factory=dict)  # "rust", "python" -> bytes -> [µs: median, 99 %]
     faults: list = field(default_factory=list)  # what went wrong, in words
-
-
-# --- processes: read from /proc
-
-
-def stat(pid):
-    """(parent, ticks of CPU, start time), or None when there is no such process or only its zombie."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    if fields[0] in "ZX":
-        return None
-    return int(fields[1]), int(fields[11]) + int(fields[12]), int(fields[19])
-
-
-def tree(root):
-    """The process and all its descendants, as {pid: (parent, ticks, start time)}."""
-    everyone = {int(entry): stat(entry) for entry in os.listdir("/proc") if entry.isdigit()}
-    found, todo = {}, [root]
-    while todo:
-        pid = todo.pop()
-        if everyone.get(pid):
-            found[pid] = everyone[pid]
-            todo += [child for child, of in everyone.items() if of and of[0] == pid]
-    return found
-
-
-def cpu_seconds(root):
-    return sum(ticks for _, ticks, _ in tree(root).values()) / os.sysconf("SC_CLK_TCK")
-
-
-def context_switches(pid):
-    """Of all threads, voluntary or not."""
-    total = 0
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        total += sum(int(n) for n in re.findall(r"ctxt_switches:\s+(\d+)", (task / "status").read_text()))
-    return total
-
-
-def private_bytes(pid):
-    rollup = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    return 1024 * sum(int(n) for n in re.findall(r"Private_(?:Clean|Dirty):\s+(\d+) kB", rollup))
-
-
-# --- servers
-
-
-class Server:
-    """A server that this script started, in a session of its own."""
-
-    def __init__(self, name, command, folder):
-        self.name = name
-        self.address = None  # once it listens
-        self.errors = folder / f"{name}.stderr"
-        self.output = folder / f"{name}.stdout"
-        with self.output.open("w") as out, self.errors.open("w") as err:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
-            )
-        self.pid = self.process.pid
-
-    def wait_until_listening(self):
-        deadline = time.monotonic() + START_TIMEOUT
-        while time.monotonic() < deadline:
-            found = LISTENING.search(self.output.read_text())
-            if found:
-                self.address = found[1]
-                return
-            if self.process.poll() is not None:
-                break
-            time.sleep(0.02)
-        raise RuntimeError(f"{self.name} did not start: {self.last_words()}")
-
-    def last_words(self):
-        lines = (self.errors.read_text() + self.output.read_text()).strip().splitlines()
-        return " | ".join(lines[-3:]) or "it printed nothing"
-
-    def stop(self):
-        """SIGTERM, then SIGKILL for what is left of it. Returns what was not as it should be."""
-        family = tree(self.pid)
-        if self.process.poll() is None:
-            self.process.terminate()
-        try:
-            code = self.process.wait(STOP_TIMEOUT)
-        except subprocess.TimeoutExpired:
-            code = f"SIGTERM ignored for {STOP_TIMEOUT} s"
-        deadline = time.monotonic() + 1
-        while left := [pid for pid, (_, _, started) in family.items() if self.lives(pid, started)]:
-            if time.monotonic() > deadline:
-                break
-            time.sleep(0.02)
-        for pid in left:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-        self.process.wait()
-        if self.name == "forkring" and self.address and (code != 0 or left):
-            return f"forkring did not drain: exit {code}, {len(left)} processes left; {self.last_words()}"
-        return None
-
-    @staticmethod
-    def lives(pid, started):
-        now = stat(pid)
-        return now is not None and now[2] == started
 
 
 class Bench:
@@ -176,16 +69,7 @@ class Bench:
         self.options = options
         self.results = Results()
         self.forkring = str(options.release / "forkring")
-        tonic = str(options.release / "examples" / "bare_tonic")
-        self.commands = {
-            "forkring": [
-                self.forkring, "serve", "--listen", "127.0.0.1:0", "--pool", "echo:1=echo",
-                "--name", f"compare-{os.getpid()}",
-            ],
-            "tonic": [tonic, "--listen", "127.0.0.1:0"],
-            "tonic-wide": [tonic, "--listen", "127.0.0.1:0", "--wide"],
-            "post": [str(options.post_python), "-B", str(ROOT / "scripts" / "post" / "main.py"), "0"],
-        }
+        self.starts = Starts(options)
 
     @contextmanager
     def servers(self, names):
@@ -193,7 +77,7 @@ class Bench:
         with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
             started = []
             for name in names:
-                server = Server(name, self.commands[name], Path(folder))
+                server = Server(name, self.starts.of(name), Path(folder))
                 stack.callback(self.stop, server)
                 started.append(server)
             for server in started:
@@ -215,19 +99,64 @@ class Bench:
             "--warmup", f"{warmup}s", "--duration", f"{seconds}s", *load.split(),
         ]
 
+    def load_command(self, server, case):
+        """What loads the server."""
+        size = f"--in-flight {case.in_flight} --payload {case.payload}"
+        if server.start.load == "bench":
+            load = f"--mode {case.mode} {size}" + (f" --pool {case.pool}" if case.pool else "")
+            return self.bench_command(server, load, self.options.warmup, self.options.seconds)
+        target = "inference" if server.start.load == "http" else case.pool
+        return [
+            str(self.options.release / "examples" / "peer_load"), server.start.load, f"{server.address}/{target}",
+            "--warmup", str(self.options.warmup), "--duration", str(self.options.seconds), *size.split(),
+        ]
+
     def case(self, case):
         say(case.name)
+        peers = [peer for peer in case.peers if peer != "triton" or self.options.triton]
         try:
-            with self.servers([*case.peers, "forkring"]) as servers:
+            with self.servers([*peers, case.subject]) as servers:
                 for _ in range(self.options.rounds):
                     for server in servers:
                         self.round(case, server)
                         time.sleep(0.3)  # the server settles: what one run left over must not be the next one's
+                    if case.subject == "python-n":
+                        self.results.bare.append((self.bare(1), self.bare(CORES)))
         except RuntimeError as error:
             self.fault(f"{case.name}: {error}")
 
+    def bare(self, count):
+        """CPU-bound items a second of so many processes with no server around them: what the machine gives."""
+        command = [str(self.options.python), "-B", str(ROOT / "scripts" / "compare_app.py"), str(self.options.seconds)]
+        environment = {**os.environ, **WORK}
+        processes = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(count)]
+        try:
+            rate = sum(float(process.communicate(timeout=self.options.seconds + 60)[0]) for process in processes)
+        except (ValueError, subprocess.TimeoutExpired) as error:
+            raise RuntimeError(f"the processes with no server: {error}") from None
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+        say(f"  {f'{count} bare':<11} {rate:>10,.0f}/s")
+        return rate
+
+    def item_cost(self):
+        """What an item costs in the worker, from claim to completion."""
+        say(ITEM_COST)
+        script = ROOT / "python" / "tests" / "item_cost.py"
+        command = [str(self.options.python), "-B", str(script), "--json", "--rounds", str(self.options.rounds)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+            self.results.item_cost = json.loads(done.stdout)
+        except subprocess.TimeoutExpired:
+            return self.fault(f"{ITEM_COST}: it did not end")
+        except ValueError:
+            return self.fault(f"{ITEM_COST}: {done.stderr.strip()[-300:] or 'it printed nothing'}")
+        say(f"  {self.results.item_cost}")
+
     def round(self, case, server):
-        command = self.bench_command(server, case.load, self.options.warmup, self.options.seconds)
+        command = self.load_command(server, case)
         used, began = cpu_seconds(server.pid), time.monotonic()
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=self.options.seconds + 60)
@@ -291,8 +220,18 @@ def say(text):
     print(text, file=sys.stderr, flush=True)
 
 
+# What scripts/compare builds and installs, and says where.
+FROM_THE_SHELL = {
+    "--release": "release",
+    "--post-python": "post-venv/bin/python",
+    "--python": "python-venv/bin/python",
+    "--mosec-python": "peers-venv/bin/python",
+    "--triton-folder": "triton",
+}
+
+
 def arguments():
-    parser = argparse.ArgumentParser(prog="scripts/compare", description="Measure forkring beside bare tonic and the Python post's program.")
+    parser = argparse.ArgumentParser(prog="scripts/compare", description="Measure forkring beside its peers.")
     parser.add_argument("--quick", action="store_true", help="short runs: to see that it works, not to quote")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each case and server [3]")
     parser.add_argument("--seconds", type=float, help="length of a run [3; with --quick 1]")
@@ -300,9 +239,11 @@ def arguments():
     parser.add_argument("--idle", type=float, help="how long to watch an idle server [10; with --quick 3]")
     only = "only cases with TEXT in their name (idle is one); prints the report unless --out says where"
     parser.add_argument("--only", metavar="TEXT", help=only)
+    parser.add_argument("--triton", action="store_true", help="beside Triton's Python backend, too (a download of 55 MB)")
     parser.add_argument("--out", type=Path, help="where to write the report [docs]")
-    parser.add_argument("--release", type=Path, default=ROOT / "target/release", help=argparse.SUPPRESS)
-    parser.add_argument("--post-python", type=Path, default=ROOT / "target/post-venv/bin/python", help=argparse.SUPPRESS)
+    for name, default in FROM_THE_SHELL.items():
+        # Not resolved: a virtual environment's Python is a link.
+        parser.add_argument(name, type=lambda path: Path(path).absolute(), default=ROOT / "target" / default, help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name, long, short in [("seconds", 3.0, 1.0), ("warmup", 1.0, 0.3), ("idle", 10.0, 3.0)]:
         if getattr(options, name) is None:
@@ -318,7 +259,7 @@ def own_arguments():
     given, rest = sys.argv[1:], []
     while given:
         argument = given.pop(0)
-        if argument in ("--release", "--post-python", "--out"):
+        if argument in FROM_THE_SHELL or argument == "--out":
             given.pop(0)
         else:
             rest.append(argument)
@@ -331,19 +272,21 @@ def main():
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     wanted = options.only or ""
     cases = [case for case in CASES if wanted in case.name]
-    idle = wanted in "idle"
-    if not cases and not idle:
-        sys.exit(f"no case has {wanted!r} in its name; there are: {'; '.join(c.name for c in CASES)}; idle")
+    idle, item_cost = wanted in "idle", wanted in ITEM_COST
+    if not cases and not idle and not item_cost:
+        sys.exit(f"no case has {wanted!r} in its name; there are: {'; '.join(c.name for c in CASES)}; {ITEM_COST}; idle")
 
     machine = compare_report.Machine.look()
     bench = Bench(options)
     for case in cases:
         bench.case(case)
+    if item_cost:
+        bench.item_cost()
     if idle:
         for name in ["forkring", "tonic", "post"]:
             bench.idle(name)
 
-    report = compare_report.Report(bench.results, [case.name for case in cases], options, machine)
+    report = compare_report.Report(bench.results, cases, options, machine)
     if options.only and not options.out:
         print(report.markdown())
     else:

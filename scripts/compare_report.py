@@ -9,9 +9,37 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 import compare_plot
+from compare_servers import CORES
 
 # As compare.py and its cases call them -> as the reader sees them.
-SERVERS = {"forkring": "forkring", "tonic": "bare tonic", "tonic-wide": "bare tonic, wide", "post": "the post's program"}
+SERVERS = {
+    "forkring": "forkring",
+    "tonic": "bare tonic",
+    "tonic-wide": "bare tonic, wide",
+    "post": "the post's program",
+    "python": "forkring, a Python worker",
+    "python-n": f"forkring, {CORES} Python workers",
+    "mosec": "mosec",
+    "mosec-batch": "mosec, batches",
+    "triton": "Triton",
+    "post-cpu": "the post's program",
+    "post-cpu-n": f"the same, {CORES} workers",
+}
+
+
+@dataclass
+class Case:
+    name: str  # for --only and the plots
+    mode: str  # of `forkring bench`
+    in_flight: int
+    peers: list  # what the subject is measured beside
+    payload: int = 64
+    subject: str = "forkring"
+    pool: str = ""
+
+    @property
+    def is_python(self):
+        return self.name.startswith("python")
 
 
 @dataclass
@@ -36,7 +64,15 @@ TARGETS = [
     Target("`Submit`/`GetUpdates` alone: p50 ≤ 1/300 of the post", "submit, 1", "p50", "post", 1 / 300, False),
     Target("1 MiB unary alone: items/s ≥ 1.5 × bare tonic on defaults", "unary 1 MiB, 1", "items_per_s", "tonic", 1.5, True),
     Target("1 MiB unary, 8: items/s ≥ 1.5 × bare tonic on defaults", "unary 1 MiB, 8", "items_per_s", "tonic", 1.5, True),
+    Target("a Python worker, unary, 64: items/s ≥ 0.6 × the Rust worker", "python unary, 64", "items_per_s", "forkring", 0.6, True),
+    Target("a Python worker, one stream, 64: items/s ≥ 0.6 × the Rust worker", "python stream, 64", "items_per_s", "forkring", 0.6, True),
+    Target("a Python worker, unary, 64: items/s ≥ 8 × mosec", "python unary, 64", "items_per_s", "mosec", 8, True),
+    Target("a Python worker, unary alone: p50 ≤ 0.5 × Triton", "python unary, 1", "p50", "triton", 0.5, False),
+    Target("a Python worker, unary, 64: items/s ≥ 3 × Triton", "python unary, 64", "items_per_s", "triton", 3, True),
+    Target("4 MiB through NumPy, alone: items/s ≥ 2 × Triton", "python 4 MiB, 1", "items_per_s", "triton", 2, True),
+    Target(f"{CORES} CPU-bound Python workers: items/s ≥ {0.95 * CORES:g} × one", "python cpu, 64", "items_per_s", "python", 0.95 * CORES, True),
 ]
+ITEM_COST_US = 3.0  # of 64 bytes, in Python
 WORKER_BYTES = 5e6
 FRONT_BYTES = 20e6
 
@@ -101,11 +137,12 @@ def table(head, rows):
 
 class Report:
     def __init__(self, results, cases, options, machine):
-        self.results, self.cases, self.options, self.machine = results, cases, options, machine
+        self.results, self.options, self.machine = results, options, machine
+        self.cases = {case.name: case for case in cases}
 
     def files(self):
         files = {"benchmarks.md": self.markdown()}
-        if self.results.runs:
+        if self.plotted():
             files["benchmarks-latency.svg"] = self.latency_plot()
             files["benchmarks-throughput.svg"] = self.throughput_plot()
         return files
@@ -117,14 +154,21 @@ class Report:
 
     def ratio(self, case, peer, name):
         """(ratio of the medians, least, greatest ratio of a round), or None where one was not measured."""
-        ours, theirs = self.results.runs.get((case, "forkring")), self.results.runs.get((case, peer))
+        subject = self.cases[case].subject
+        ours, theirs = self.results.runs.get((case, subject)), self.results.runs.get((case, peer))
         if not ours or not theirs or not self.median(case, peer, name):
             return None
         of_rounds = [metric(a, name) / metric(b, name) for a, b in zip(ours, theirs) if metric(b, name)]
-        return self.median(case, "forkring", name) / self.median(case, peer, name), min(of_rounds), max(of_rounds)
+        return self.median(case, subject, name) / self.median(case, peer, name), min(of_rounds), max(of_rounds)
 
     def servers(self, case):
-        return [server for server in SERVERS if (case, server) in self.results.runs]
+        """Of those that were measured the subject, and then the others."""
+        subject = self.cases[case].subject
+        return sorted((server for server in SERVERS if (case, server) in self.results.runs), key=lambda server: server != subject)
+
+    def plotted(self):
+        """The cases of the plots, which are of the Rust worker."""
+        return [name for name, case in self.cases.items() if not case.is_python and self.servers(name)]
 
     # --- text
 
@@ -144,10 +188,18 @@ class Report:
         targets = self.targets()
         if targets:
             parts += ["## Targets\n", table(["target", "measured", "over the rounds", ""], targets)]
-        if self.results.runs:
-            parts += ["## Side by side\n", self.who(), self.measured()]
-            if not options.only or options.out:
+        ours = [name for name, case in self.cases.items() if not case.is_python]
+        python = [name for name, case in self.cases.items() if case.is_python]
+        if any(self.servers(name) for name in ours):
+            parts += ["## Side by side\n", self.who(), self.measured(ours)]
+            if self.plotted() and (not options.only or options.out):
                 parts.append("![Latency](benchmarks-latency.svg)\n\n![Throughput](benchmarks-throughput.svg)\n")
+        if any(self.servers(name) for name in python):
+            parts += ["## Python\n", self.who_python(), self.measured(python)]
+        if self.results.bare:
+            parts.append(self.bare())
+        if self.results.item_cost:
+            parts.append(self.item_cost())
         if self.results.idle:
             parts += ["## Idle\n", self.idle()]
         return "\n".join(parts)
@@ -166,9 +218,43 @@ class Report:
             "is how many items are in flight on one connection; *cores* is what the server's processes kept busy.\n"
         )
 
-    def measured(self):
+    def who_python(self):
+        triton = (
+            "*Triton* is its server with its Python backend, one instance of a model, from the wheel of `nvidia-pytriton`."
+            if self.options.triton
+            else "Triton was not measured; `--triton` does it."
+        )
+        return (
+            "Each is one worker process and handles one item at a time unless said otherwise; *forkring* has the Rust worker, `echo`. "
+            "*mosec* is HTTP: its load has the shape of `forkring bench`'s, but over as many HTTP/1.1 connections as items are in "
+            f"flight (`examples/peer_load.rs`); *batches* has its worker take up to 64 items at a time. {triton} *4 MiB* is an array in "
+            "and one more than each element out. *cpu* is some ten milliseconds of Python's `hashlib` for each item, submitted, "
+            "the same in all; the post's program has a worker less than the machine has cores, unless said otherwise.\n"
+        )
+
+    def bare(self):
+        """What the machine gives to more processes."""
+        one, all_of_them = (statistics.median(rates) for rates in zip(*self.results.bare))
+        return (
+            f"The same CPU-bound work in processes with no server around them: one does {one:,.0f} items/s, {CORES} do "
+            f"{all_of_them:,.0f}, which is {all_of_them / one:.2f} ×.\n"
+        )
+
+    def item_cost(self):
+        rows = [
+            [f"{size} B", {"rust": "Rust", "python": "Python"}[handler], f"{median:.2f} µs", f"{tail:.2f} µs"]
+            for handler, sizes in self.results.item_cost.items()
+            for size, (median, tail) in sizes.items()
+        ]
+        text = (
+            "What an item costs in the worker, from its claim to its completion, with a handler that returns its input; 64 in "
+            "flight, the least of several rounds (`python/tests/item_cost.py`):\n\n"
+        )
+        return text + table(["payload", "handler", "median", "99 %"], rows)
+
+    def measured(self, cases):
         rows = []
-        for case in self.cases:
+        for case in cases:
             servers = self.servers(case)
             for server in servers:
                 runs = self.results.runs[case, server]
@@ -179,9 +265,9 @@ class Report:
                     f"{statistics.median(rates):,.0f} ({min(rates):,.0f}–{max(rates):,.0f})",
                     *(time_text(self.median(case, server, name)) for name in ["p50", "p99", "p99.9"]),
                     f"{statistics.median(run.cores for run in runs):.2f}",
-                    *(["", ""] if server == "forkring" else [self.beside(case, server, name) for name in ["items_per_s", "p50"]]),
+                    *(["", ""] if server == self.cases[case].subject else [self.beside(case, server, name) for name in ["items_per_s", "p50"]]),
                 ])
-        head = ["case", "server", "items/s", "p50", "p99", "p99.9", "cores", "forkring / this: items/s", "p50"]
+        head = ["case", "server", "items/s", "p50", "p99", "p99.9", "cores", "first / this: items/s", "p50"]
         return table(head, rows)
 
     def beside(self, case, peer, name):
@@ -191,7 +277,7 @@ class Report:
     def targets(self):
         rows = []
         for target in TARGETS:
-            if target.case not in self.cases:
+            if target.case not in self.cases or (target.peer == "triton" and not self.options.triton):
                 continue
             ratio = self.ratio(target.case, target.peer, target.metric)
             if ratio is None:
@@ -200,7 +286,14 @@ class Report:
             of_medians, least, greatest = ratio
             spread = f"[{ratio_text(least)} … {ratio_text(greatest)}]"
             rows.append([target.text, ratio_text(of_medians), spread, verdict(target.met(of_medians))])
-        return rows + self.idle_targets()
+        return rows + self.item_cost_targets() + self.idle_targets()
+
+    def item_cost_targets(self):
+        if not self.results.item_cost:
+            return []
+        median, _ = self.results.item_cost["python"]["64"]
+        text = f"an item in a Python worker, claim to completion: ≤ {ITEM_COST_US:g} µs"
+        return [[text, f"{median:.2f} µs", "", verdict(median <= ITEM_COST_US)]]
 
     def idle_targets(self):
         processes = self.results.idle.get("forkring", [])
@@ -253,8 +346,8 @@ class Report:
         return self.plot("Items per second: median of the rounds, and their range; further right is better", "{:,.0f}".format, point)
 
     def plot(self, title, tick, point):
-        rows = [(case, [point(case, server) for server in self.servers(case)]) for case in self.cases]
-        return compare_plot.dots(title, tick, list(SERVERS.values()), [row for row in rows if row[1]])
+        rows = [(case, [point(case, server) for server in self.servers(case)]) for case in self.plotted()]
+        return compare_plot.dots(title, tick, list(SERVERS.values()), rows)
 
 
 def verdict(met):

@@ -9,8 +9,6 @@ import re
 import threading
 from pathlib import Path
 
-from serving import until
-
 ITEMS = int(os.environ.get("FORKRING_TEST_ITEMS", 24_000))
 WINDOW = 64
 SIZES = [0, 10, 64, 65, 3000, 20_000, 100_000]
