@@ -167,24 +167,9 @@ impl<'s> Output<'s> {
     /// Memory in the own partition for a result of an item. Waits a while for results that are in the way; not again for
     /// each item if none is fetched. For partial results of the same item it waits as long as their client takes.
     pub fn allocate(&mut self, len: usize, target: &Target<'_>) -> Result<Block, ReplyError> {
-        if !self.held.is_empty() {
-            self.give_back_held();
-        }
-        // In order of completion is about the order of release: most of the time this finds all there is to find.
-        while self.results.front().is_some_and(|kept| self.is_released(kept)) {
-            self.reclaim(0);
-        }
-        let submitted = target.kind == Kind::Submit;
-        // Results that wait for subscribers may have half of the partition: the rest is for those who wait for them.
-        let half = self.segment.geometry().result_bytes / 2;
         loop {
-            let may = !submitted || self.submitted_bytes == 0 || self.submitted_bytes + len as u64 <= half;
-            if let Some(block) = may.then(|| self.arena.allocate(len as u64)).flatten() {
-                self.standstill = None;
+            if let Some(block) = self.try_allocate(len, target) {
                 return Ok(block);
-            }
-            if self.reclaim_all() {
-                continue;
             }
             let own = self.waits_for_client(target).then_some(target);
             if let Some(end) = own.and_then(Target::end) {
@@ -208,7 +193,31 @@ impl<'s> Output<'s> {
         }
     }
 
-    /// The same if it is to be had at once. Not for submitted items' results while others' are there: they have a limit.
+    /// The same without waiting; none, if results are in the way.
+    pub fn try_allocate(&mut self, len: usize, target: &Target<'_>) -> Option<Block> {
+        if !self.held.is_empty() {
+            self.give_back_held();
+        }
+        // In order of completion is about the order of release: most of the time this finds all there is to find.
+        while self.results.front().is_some_and(|kept| self.is_released(kept)) {
+            self.reclaim(0);
+        }
+        let submitted = target.kind == Kind::Submit;
+        // Results that wait for subscribers may have half of the partition: the rest is for those who wait for them.
+        let half = self.segment.geometry().result_bytes / 2;
+        loop {
+            let may = !submitted || self.submitted_bytes == 0 || self.submitted_bytes + len as u64 <= half;
+            if let Some(block) = may.then(|| self.arena.allocate(len as u64)).flatten() {
+                self.standstill = None;
+                return Some(block);
+            }
+            if !self.reclaim_all() {
+                return None;
+            }
+        }
+    }
+
+    /// The same if it is free already. Not for submitted items' results while others' are there: they have a limit.
     pub fn allocate_now(&mut self, len: usize, target: &Target<'_>) -> Option<Block> {
         let is_limited = target.kind == Kind::Submit && self.submitted_bytes > 0;
         if is_limited { None } else { self.arena.allocate(len as u64) }

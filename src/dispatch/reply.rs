@@ -109,6 +109,30 @@ impl<'s> Reply<'_, 's> {
         self.draft.len = 0;
     }
 
+    /// The same, and forgets the memory that it was in: what is written next is elsewhere, if it was [held](Reply::hold).
+    pub fn discard(&mut self) {
+        self.clear();
+        self.free_block();
+    }
+
+    /// Sees to it that the result can become `len` bytes long without waiting; false, if there is no room for that yet. It is
+    /// worth trying again when the worker's bell has rung.
+    pub fn try_reserve(&mut self, len: usize) -> Result<bool, ReplyError> {
+        let most = self.draft.most;
+        if len > most {
+            return Err(ReplyError::TooLarge { len, most });
+        }
+        if len <= self.room() {
+            return Ok(true);
+        }
+        // Twice what is needed, as in `write`.
+        if self.draft.len > 0 && self.grow(len.saturating_mul(2).min(most)).is_some() {
+            return Ok(true);
+        }
+        let block = self.output.borrow_mut().try_allocate(self.lead() + len, &self.draft.target);
+        Ok(block.map(|block| self.move_to(block)).is_some())
+    }
+
     /// Makes the result `len` bytes long and lends them for writing. New bytes have any value.
     pub fn buffer(&mut self, len: usize) -> Result<&mut [u8], ReplyError> {
         self.reserve(len)?;
@@ -234,15 +258,20 @@ impl<'s> Reply<'_, 's> {
         if len > self.draft.most {
             return None;
         }
+        let block = self.output.borrow_mut().allocate_now(self.lead() + len, &self.draft.target)?;
+        self.move_to(block);
+        Some(())
+    }
+
+    /// Goes on in a block that has room for what there is.
+    fn move_to(&mut self, mut block: Block) {
         let lead = self.lead();
-        let mut block = self.output.borrow_mut().allocate_now(lead + len, &self.draft.target)?;
         let Output { segment, number, .. } = *self.output.borrow();
         let new = segment.write_result(number, &mut block, (lead + self.draft.len) as u64);
         let new = new.and_then(|new| new.get_mut(lead..)).unwrap_or_default();
         new.copy_from_slice(self.bytes());
         self.free_block();
         self.draft.block = Some(block);
-        Some(())
     }
 
     #[cold]
