@@ -17,10 +17,11 @@ from typing import TYPE_CHECKING, Any
 from forkring._codes import Code
 from forkring._core import Item, Payload, Reply, late_views
 from forkring._errors import Abort
+from forkring._forms import batch, concurrency
 from forkring._serve import serve
 
 # Not the clients: who imports all of this must not need grpcio.
-__all__ = ["Abort", "Code", "Item", "Payload", "Reply", "late_views", "serve"]
+__all__ = ["Abort", "Code", "Item", "Payload", "Reply", "batch", "concurrency", "late_views", "serve"]
 
 if TYPE_CHECKING:
     from forkring import aio as aio

@@ -40,8 +40,20 @@ def _code(code: Any) -> Code:
     return found
 
 
-def describe(error: BaseException) -> tuple[int, str, str, str]:
-    """Code, reason, message and traceback."""
+Described = tuple[int, str, str, str]
+"""Code, reason, message and traceback."""
+
+
+def describe(error: BaseException) -> Described:
+    """What to say of it, whatever its own methods do."""
+    try:
+        return _describe(error)
+    except BaseException as second:
+        message = f"the handler raised an exception, and describing it raised {type(second).__name__}"
+        return int(Code.INTERNAL), "HANDLER_RAISED", message, ""
+
+
+def _describe(error: BaseException) -> Described:
     if isinstance(error, Abort):
         return int(error.code), str(error.reason), str(error.message), ""
     kind = type(error)
@@ -61,6 +73,7 @@ def _is_ours(filename: str) -> bool:
 def format_traceback(error: BaseException) -> str:
     """As Python prints it, without the frames of this package and of the import system around the user's."""
     shown = traceback.TracebackException.from_exception(error)
-    while shown.stack and _is_ours(shown.stack[0].filename):
-        shown.stack.pop(0)
+    for end in (0, -1):
+        while shown.stack and _is_ours(shown.stack[end].filename):
+            shown.stack.pop(end)
     return "".join(shown.format()).rstrip("\n")

@@ -7,6 +7,7 @@ With `--check` it only looks whether the handler can be a worker's; the server a
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib
 import importlib.util
 import inspect
@@ -17,7 +18,8 @@ import sys
 from types import ModuleType
 from typing import Any, Callable
 
-from forkring._errors import describe, format_traceback
+from forkring._errors import format_traceback
+from forkring._forms import BadForm, takes_a_batch, worker_of
 
 
 class BadHandler(Exception):
@@ -66,21 +68,30 @@ def load_file(path: str) -> ModuleType:
     return module
 
 
-def handler_of(target: Any, spec: str) -> Callable[[], Any]:
-    """How to make the worker's handler of what was named. Raises BadHandler."""
+def handler_of(target: Any, spec: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
+    """How to make the worker's handler of what was named, and how to work with it. Raises BadHandler."""
     if not callable(target):
         raise BadHandler(f"`{spec}` is a {type(target).__name__}: a handler is a function or class")
+    argument = "the list of items" if takes_a_batch(target) else "the item"
     if inspect.isclass(target):
         call = target.__dict__.get("__call__") or getattr(target, "__call__", None)
         if not inspect.isfunction(call):
             raise BadHandler(f"the class `{spec}` has no `def __call__(self, item)`")
         takes(target, (), f"`{spec}` is made once per worker, with no arguments")
-        takes(call, (None, None), f"`{spec}` is called with one argument, the item")
-        refuse_others(call, spec)
-        return target
-    takes(target, (None,), f"`{spec}` is called with one argument, the item")
-    refuse_others(target, spec)
-    return lambda: target
+        takes(call, (None, None), f"`{spec}` is called with one argument, {argument}")
+        return target, worker(target, call, spec)
+    takes(target, (None,), f"`{spec}` is called with one argument, {argument}")
+    # An object is called by its class's method.
+    is_function = inspect.isroutine(target) or isinstance(target, functools.partial)
+    function = target if is_function else target.__call__
+    return (lambda: target), worker(target, function, spec)
+
+
+def worker(target: Any, function: Any, spec: str) -> Callable[[Any], None]:
+    try:
+        return worker_of(target, function)
+    except BadForm as error:
+        raise BadHandler(f"`{spec}` {error}") from None
 
 
 def takes(function: Any, arguments: tuple[Any, ...], what: str) -> None:
@@ -94,16 +105,6 @@ def takes(function: Any, arguments: tuple[Any, ...], what: str) -> None:
     except TypeError:
         name = getattr(function, "__name__", "it")
         raise BadHandler(f"{what}, but it is `{name}{signature}`") from None
-
-
-def refuse_others(function: Any, spec: str) -> None:
-    for kind, test in (
-        ("an async generator", inspect.isasyncgenfunction),
-        ("a coroutine function", inspect.iscoroutinefunction),
-        ("a generator", inspect.isgeneratorfunction),
-    ):
-        if test(function):
-            raise BadHandler(f"`{spec}` is {kind}: a handler is a plain function that returns its result")
 
 
 def take_signals() -> None:
@@ -134,7 +135,7 @@ def main(arguments: list[str]) -> int:
     check = arguments[:1] == ["--check"]
     (spec,) = arguments[check:]
     try:
-        make = handler_of(load(spec), spec)
+        make, work = handler_of(load(spec), spec)
         if check:
             return 0
         take_signals()
@@ -149,9 +150,7 @@ def main(arguments: list[str]) -> int:
         # All of it is the user's.
         print(format_traceback(error), file=sys.stderr)
         return 2
-    from forkring import _core
-
-    _core.run(handler, describe)
+    work(handler)
     return 0
 
 

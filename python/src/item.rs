@@ -2,15 +2,20 @@
 //!
 //! An item's memory is lent to the Python object while its handler runs, and taken back before it is completed. What is
 //! asked for later is an error, but for what is the object's own: id, attempt, deadline.
+//!
+//! All of it is used with the GIL, whatever thread has it, and without it only what borrows nothing of an item: so the
+//! cells that open items share are looked at by one thread at a time.
 
 use std::{
-    io,
     sync::{Mutex, PoisonError},
     time::Duration,
 };
 
 use forkring::{
-    dispatch::{self, ReplyError},
+    Failure,
+    dispatch::{self, Credit, ReplyError},
+    process,
+    sdk::OpenItem,
     segment::{INLINE, Segment},
 };
 use pyo3::{
@@ -21,18 +26,27 @@ use pyo3::{
     types::{PyDict, PyMemoryView, PyString, PyType},
 };
 
-use crate::{payload::Payload, reply::Reply};
+use crate::{payload::Payload, reply::Reply, result::Source};
 
 /// What is lent while the handler runs.
 #[derive(Clone, Copy)]
-struct Lent {
-    item: *const dispatch::Item<'static>,
-    reply: *mut dispatch::Reply<'static, 'static>,
-    segment: &'static Segment,
+enum Lent {
+    /// The one item that the worker handles.
+    Handled { item: *const dispatch::Item<'static>, reply: *mut dispatch::Reply<'static, 'static> },
+    /// One of those that are open in the worker, from a box.
+    Open(*mut OpenItem),
 }
 
 // SAFETY: they are used with the GIL, between the handler's call and its return, by whatever thread.
 unsafe impl Send for Lent {}
+
+/// What a handler's value is written as.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum As {
+    Result,
+    /// A partial result.
+    Part,
+}
 
 #[derive(Default)]
 struct State {
@@ -40,6 +54,8 @@ struct State {
     payload: Option<Py<Payload>>,
     reply: Option<Py<Reply>>,
     metadata: Option<Py<PyDict>>,
+    /// Why it will fail, whatever else is said of it.
+    failure: Option<Failure>,
 }
 
 /// One unit of work.
@@ -57,6 +73,7 @@ pub struct Item {
     /// When it expires, on the clock of `time.monotonic()`; None: never.
     #[pyo3(get)]
     deadline: Option<f64>,
+    segment: &'static Segment,
     /// The lock is never held while Python runs, and the GIL always is while it is taken.
     state: Mutex<State>,
 }
@@ -73,12 +90,26 @@ impl Item {
         segment: &'static Segment,
         pool: Py<PyString>,
     ) -> Self {
-        let lent = Lent { item: (&raw const *item).cast(), reply: (&raw mut *reply).cast(), segment };
+        let lent = Lent::Handled { item: (&raw const *item).cast(), reply: (&raw mut *reply).cast() };
+        Item::new(item, lent, segment, pool)
+    }
+
+    /// One that is open beside others. If [`Item::end`] is never called it stays open as long as the process lives, and
+    /// then is another worker's.
+    pub fn open(open: OpenItem, segment: &'static Segment, pool: Py<PyString>) -> Self {
+        let open = Box::into_raw(Box::new(open));
+        // SAFETY: it is from a box, and nobody else has it.
+        let item = unsafe { &*open }.item();
+        Item::new(&item, Lent::Open(open), segment, pool)
+    }
+
+    fn new(item: &dispatch::Item<'_>, lent: Lent, segment: &'static Segment, pool: Py<PyString>) -> Self {
         Item {
             id: item.id(),
             attempt: item.attempt(),
             pool,
             deadline: item.deadline().map(|deadline| deadline.as_secs_f64()),
+            segment,
             state: Mutex::new(State { lent: Some(lent), ..State::default() }),
         }
     }
@@ -87,18 +118,80 @@ impl Item {
         with(&mut self.state.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
-    /// What the handler asked for to write its result to.
-    pub fn filled(&self, py: Python<'_>) -> Option<Py<Reply>> {
-        self.state(|state| state.reply.as_ref().map(|reply| reply.clone_ref(py)))
+    /// Writes what the handler gave: all of its result, or what comes behind its earlier parts. False, if that takes waiting,
+    /// and it must not.
+    pub fn write(&self, value: &Bound<'_, PyAny>, what: As, may_wait: bool) -> Result<bool, Failure> {
+        let py = value.py();
+        let filled = self.state(|state| state.reply.as_ref().map(|reply| reply.clone_ref(py)));
+        let filled = filled.as_ref().map(|filled| filled.bind(py));
+        let source = Source::of(value, filled)?;
+        let in_arena = filled.is_some_and(|filled| filled.get().is_in_arena());
+        let written = self.with_reply(|reply| {
+            if in_arena && !matches!(source, Source::Filled { .. }) {
+                // The handler still has that memory, and may write there.
+                reply.discard();
+            }
+            let start = if in_arena { 0 } else { reply.len() };
+            if !may_wait && !matches!(source, Source::Filled { .. }) {
+                // A partial result has a block, however small it is.
+                let least = if what == As::Part { INLINE + 1 } else { 0 };
+                if !reply.try_reserve((start + source.len()).max(least))? {
+                    return Ok(false);
+                }
+            }
+            source.write(py, start, reply).map(|()| true)
+        });
+        let written = written.map_err(Failure::handler)??;
+        if written {
+            drop(self.state(|state| state.reply.take()));
+        }
+        Ok(written)
     }
 
-    /// Takes back what was lent.
-    pub fn end(&self, py: Python<'_>) -> io::Result<()> {
-        let State { lent, payload, .. } = self.state(std::mem::take);
-        match (lent, payload) {
-            (Some(lent), Some(payload)) => Payload::end(payload, py, lent.segment),
-            _ => Ok(()),
+    /// Sends what was written as a partial result. False, if there is no credit yet.
+    pub fn send(&self) -> Result<bool, Failure> {
+        Ok(self.with_reply(|reply| reply.try_send()).map_err(Failure::handler)??)
+    }
+
+    /// What to wait for before the next partial result can be sent; none, if it can.
+    pub fn lacks_credit(&self) -> Result<Option<Credit<'static>>, Failure> {
+        let credit = self.with_reply(|reply| reply.credit()).map_err(Failure::handler)?;
+        Ok(credit.filter(|credit| !credit.is_there()))
+    }
+
+    /// Why it fails, if nobody waits for it any more.
+    pub fn given_up(&self) -> Option<Failure> {
+        let seen = self.look(|item| (item.remaining() == Some(Duration::ZERO), item.is_cancelled()));
+        match seen.unwrap_or_default() {
+            (true, _) => Some(Failure::deadline()),
+            (false, is_cancelled) => is_cancelled.then(Failure::cancelled),
         }
+    }
+
+    /// It will fail with this.
+    pub fn fail(&self, failure: Failure) {
+        self.state(|state| {
+            state.failure.get_or_insert(failure);
+        });
+    }
+
+    /// Takes back what was lent, which is about to be completed. What the handler's values were must be gone.
+    pub fn end(&self, py: Python<'_>) -> Ended {
+        let State { lent, payload, failure, .. } = self.state(std::mem::take);
+        if let (Some(_), Some(payload)) = (lent, payload)
+            && let Err(error) = Payload::end(payload, py, self.segment)
+        {
+            // It cannot be told from whom the bytes will be next, and somebody looks at them: another worker does without
+            // the past.
+            eprintln!("forkring: cannot keep a payload that outlives its handler, so the worker ends: {error}");
+            process::die();
+        }
+        let open = match lent {
+            // SAFETY: it is from a box, and was taken out of the state, so that this is the only one.
+            Some(Lent::Open(open)) => Some(unsafe { Box::from_raw(open) }),
+            _ => None,
+        };
+        Ended { open, failure }
     }
 
     fn lent(&self) -> PyResult<Lent> {
@@ -108,10 +201,30 @@ impl Item {
 
     /// Looks at the item.
     fn look<T>(&self, with: impl FnOnce(&dispatch::Item<'_>) -> T) -> PyResult<T> {
-        let lent = self.lent()?;
-        // SAFETY: it is lent, and cannot be taken back meanwhile: that takes the GIL, and `with` runs no Python.
-        Ok(with(unsafe { &*lent.item }))
+        Ok(match self.lent()? {
+            // SAFETY: it is lent, and cannot be taken back meanwhile: that takes the GIL, and `with` runs no Python.
+            Lent::Handled { item, .. } => with(unsafe { &*item }),
+            // SAFETY: as above.
+            Lent::Open(open) => with(&unsafe { &*open }.item()),
+        })
     }
+
+    fn with_reply<T>(&self, with: impl FnOnce(&mut dispatch::Reply<'_, 'static>) -> T) -> PyResult<T> {
+        Ok(match self.lent()? {
+            // SAFETY: as in `look`, and there is no other borrow of it: nobody else uses it before `end`, and to write a
+            // value copies memory, which runs nobody's Python.
+            Lent::Handled { reply, .. } => with(unsafe { &mut *reply }),
+            // SAFETY: as above.
+            Lent::Open(open) => with(&mut unsafe { &mut *open }.reply()),
+        })
+    }
+}
+
+/// An item that is no longer lent.
+pub struct Ended {
+    /// If it was one of many.
+    pub open: Option<Box<OpenItem>>,
+    pub failure: Option<Failure>,
 }
 
 #[pymethods]
@@ -122,9 +235,8 @@ impl Item {
         if let Some(payload) = self.state(|state| state.payload.as_ref().map(|payload| payload.clone_ref(py))) {
             return Ok(payload);
         }
-        let segment = self.lent()?.segment;
         // SAFETY: `end` calls its `end`.
-        let payload = self.look(|item| unsafe { Payload::of(item.payload(), segment) })?;
+        let payload = self.look(|item| unsafe { Payload::of(item.payload(), self.segment) })?;
         let payload = Py::new(py, payload)?;
         self.state(|state| state.payload = Some(payload.clone_ref(py)));
         Ok(payload)
@@ -179,20 +291,21 @@ impl Item {
     /// Memory for a result of so many bytes, all zero. What is in it when the handler returns it, or returns None, is sent
     /// from there with no copy.
     fn reply(&self, py: Python<'_>, nbytes: usize) -> PyResult<Py<Reply>> {
-        let lent = self.lent()?;
+        let waits = matches!(self.lent()?, Lent::Handled { .. });
         if self.state(|state| state.reply.is_some()) {
             return Err(PyValueError::new_err("the item has its reply: ask for one only, of the most bytes"));
         }
-        // SAFETY: as in `look`, and there is no other borrow of it: nobody else uses it before `end`.
-        let reply = unsafe { &mut *lent.reply };
-        let reply = if nbytes <= INLINE {
-            match nbytes <= reply.max_len() {
-                true => Ok(Reply::small(nbytes)),
-                false => Err(ReplyError::TooLarge { len: nbytes, most: reply.max_len() }),
+        let reply = self.with_reply(|reply| {
+            let (len, most) = (reply.len().saturating_add(nbytes), reply.max_len());
+            if len > most {
+                return Err(ReplyError::TooLarge { len, most });
             }
-        } else {
+            // Behind the parts of a result that comes in one it is copied; and of many items none makes the others wait.
+            if nbytes <= INLINE || !reply.is_empty() || (!waits && !reply.try_reserve(nbytes)?) {
+                return Ok(Reply::own(nbytes));
+            }
             lend(reply, nbytes)
-        };
+        })?;
         let reply = Py::new(py, reply.map_err(|error| no_room(py, error))?)?;
         self.state(|state| state.reply = Some(reply.clone_ref(py)));
         Ok(reply)

@@ -12,6 +12,7 @@
 
 mod buffer;
 mod item;
+mod many;
 mod payload;
 mod reply;
 mod result;
@@ -26,6 +27,7 @@ mod _core {
     #[pymodule_export]
     use super::{
         item::Item,
+        many::Worker,
         payload::{Payload, late_views},
         reply::Reply,
         worker::run,

@@ -13,8 +13,8 @@ use crate::buffer;
 enum Memory {
     /// In the worker's own arena.
     Held { at: *mut u8, _hold: Hold },
-    /// Small results travel in the item's record; they are copied there.
-    Small(*mut [u8]),
+    /// Copied in the end: small results travel in the item's record, and some come behind others.
+    Own(*mut [u8]),
 }
 
 /// Where a handler writes its result in place: writable bytes for whatever takes a buffer.
@@ -37,16 +37,21 @@ impl Reply {
     }
 
     /// Of its own.
-    pub fn small(len: usize) -> Self {
-        Reply { memory: Memory::Small(Box::into_raw(vec![0; len].into_boxed_slice())), len }
+    pub fn own(len: usize) -> Self {
+        Reply { memory: Memory::Own(Box::into_raw(vec![0; len].into_boxed_slice())), len }
+    }
+
+    /// Whether what is in it is in its place.
+    pub fn is_in_arena(&self) -> bool {
+        matches!(self.memory, Memory::Held { .. })
     }
 
     /// The bytes of one that is to be copied.
-    pub fn small_bytes(&self) -> Option<Vec<u8>> {
+    pub fn own_bytes(&self) -> Option<&[u8]> {
         match self.memory {
             Memory::Held { .. } => None,
             // SAFETY: the box is this object's, and nobody writes to it while the caller has the GIL.
-            Memory::Small(bytes) => Some(unsafe { (*bytes).to_vec() }),
+            Memory::Own(bytes) => Some(unsafe { &*bytes }),
         }
     }
 
@@ -57,7 +62,7 @@ impl Reply {
     fn place(&self) -> *mut u8 {
         match self.memory {
             Memory::Held { at, .. } => at,
-            Memory::Small(bytes) => bytes.cast(),
+            Memory::Own(bytes) => bytes.cast(),
         }
     }
 
@@ -70,7 +75,7 @@ impl Reply {
 
 impl Drop for Reply {
     fn drop(&mut self) {
-        if let Memory::Small(bytes) = self.memory {
+        if let Memory::Own(bytes) = self.memory {
             // SAFETY: it came from a box, and views of it have gone before it.
             drop(unsafe { Box::from_raw(bytes) });
         }

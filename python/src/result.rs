@@ -1,4 +1,6 @@
-//! What a handler returned, as the item's result.
+//! What a handler returned or yielded, as bytes of its item's result.
+
+use std::borrow::Cow;
 
 use forkring::{Code, Failure, dispatch};
 use pyo3::{
@@ -8,61 +10,92 @@ use pyo3::{
 
 use crate::{buffer::View, reply::Reply};
 
-/// Writes it; `filled` is what the handler asked for to write its result to.
-pub fn write(
-    returned: &Bound<'_, PyAny>,
-    filled: Option<&Py<Reply>>,
-    reply: &mut dispatch::Reply<'_, '_>,
-) -> Result<(), Failure> {
-    let py = returned.py();
-    if let Some(filled) = filled
-        && (returned.is_none() || returned.is(filled))
-    {
-        return fill(filled.get(), 0, filled.get().len(), reply);
-    }
-    if returned.is_none() {
-        return Ok(());
-    }
-    if let Ok(bytes) = returned.cast::<PyBytes>() {
-        return copy(bytes.as_bytes(), reply);
-    }
-    if let Ok(text) = returned.cast::<PyString>() {
-        let text = text.to_cow().map_err(|error| bad(py, &error))?;
-        return copy(text.as_bytes(), reply);
-    }
-    let Ok(view) = View::of(returned) else {
-        let kind = returned.get_type().name().map(|name| name.to_string()).unwrap_or_default();
-        return Err(unsuitable(format_args!(
-            "the handler returned `{kind}`: return bytes, str, None, a NumPy array or anything else with a buffer"
-        )));
-    };
-    if view.has_objects() {
-        return Err(unsuitable(format_args!("the handler returned an array of Python objects: give it a number type")));
-    }
-    if let Some(filled) = filled
-        && let Some(address) = view.contiguous()
-        && let Some(offset) = filled.get().offset_of(address, view.len())
-    {
-        return fill(filled.get(), offset, view.len(), reply);
-    }
-    reply.clear();
-    view.copy_to(py, reply.buffer(view.len())?).map_err(|error| bad(py, &error))
+/// Where the bytes are.
+pub enum Source<'a> {
+    Bytes(Cow<'a, [u8]>),
+    /// A part of what was filled in place, which is in the result's own block.
+    Filled {
+        offset: usize,
+        len: usize,
+    },
+    View(View),
 }
 
-fn copy(bytes: &[u8], reply: &mut dispatch::Reply<'_, '_>) -> Result<(), Failure> {
-    reply.clear();
-    Ok(reply.write(bytes)?)
-}
+impl<'a> Source<'a> {
+    /// `filled` is what the handler asked for to write its result to.
+    pub fn of(returned: &'a Bound<'_, PyAny>, filled: Option<&'a Bound<'_, Reply>>) -> Result<Self, Failure> {
+        if let Some(filled) = filled
+            && (returned.is_none() || returned.is(filled))
+        {
+            return Ok(Source::part(filled.get(), 0, filled.get().len()));
+        }
+        if returned.is_none() {
+            return Ok(Source::Bytes(Cow::default()));
+        }
+        if let Ok(bytes) = returned.cast::<PyBytes>() {
+            return Ok(Source::Bytes(bytes.as_bytes().into()));
+        }
+        if let Ok(text) = returned.cast::<PyString>() {
+            let text = text.to_cow().map_err(|error| bad(returned.py(), &error))?;
+            return Ok(Source::Bytes(match text {
+                Cow::Borrowed(text) => text.as_bytes().into(),
+                Cow::Owned(text) => text.into_bytes().into(),
+            }));
+        }
+        let Ok(view) = View::of(returned) else {
+            let kind = returned.get_type().name().map(|name| name.to_string()).unwrap_or_default();
+            return Err(unsuitable(format_args!(
+                "the handler returned `{kind}`: return bytes, str, None, a NumPy array or anything else with a buffer"
+            )));
+        };
+        if view.has_objects() {
+            return Err(unsuitable(format_args!(
+                "the handler returned an array of Python objects: give it a number type"
+            )));
+        }
+        if let Some(filled) = filled
+            && let Some(address) = view.contiguous()
+            && let Some(offset) = filled.get().offset_of(address, view.len())
+        {
+            return Ok(Source::part(filled.get(), offset, view.len()));
+        }
+        Ok(Source::View(view))
+    }
 
-/// The result is this part of what was filled in place.
-fn fill(filled: &Reply, offset: usize, len: usize, reply: &mut dispatch::Reply<'_, '_>) -> Result<(), Failure> {
-    match filled.small_bytes() {
-        Some(bytes) => copy(bytes.get(offset..offset + len).unwrap_or_default(), reply),
-        None => {
+    fn part(filled: &'a Reply, offset: usize, len: usize) -> Self {
+        match filled.own_bytes() {
+            Some(bytes) => Source::Bytes(bytes.get(offset..offset + len).unwrap_or_default().into()),
+            None => Source::Filled { offset, len },
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        match self {
+            Source::Bytes(bytes) => bytes.len(),
+            Source::Filled { len, .. } => *len,
+            Source::View(view) => view.len(),
+        }
+    }
+
+    /// Writes them behind the first `start` bytes of what there is of the result.
+    pub fn write(&self, py: Python<'_>, start: usize, reply: &mut dispatch::Reply<'_, '_>) -> Result<(), Failure> {
+        match self {
+            Source::Bytes(bytes) => Ok(reply.write(bytes)?),
             // In its block, which it has had since it was lent.
-            reply.buffer(offset + len)?.copy_within(offset.., 0);
-            reply.buffer(len)?;
-            Ok(())
+            Source::Filled { offset, len } => {
+                reply.buffer(offset + len)?.copy_within(offset.., 0);
+                reply.buffer(*len)?;
+                Ok(())
+            }
+            Source::View(view) if start == 0 => {
+                view.copy_to(py, reply.buffer(view.len())?).map_err(|error| bad(py, &error))
+            }
+            // By a copy: `write` takes more than it needs, so that many small ones copy little.
+            Source::View(view) => {
+                let mut bytes = vec![0; view.len()];
+                view.copy_to(py, &mut bytes).map_err(|error| bad(py, &error))?;
+                Ok(reply.write(&bytes)?)
+            }
         }
     }
 }

@@ -37,6 +37,9 @@ def test_an_import_that_fails_shows_its_traceback(tmp_path):
     refused(tmp_path, "app:handle", "SystemExit: 3", source="import sys; sys.exit(3)")
 
 
+BATCH = "import forkring\n@forkring.batch()\n"
+
+
 @pytest.mark.parametrize(
     "source, says",
     [
@@ -49,10 +52,31 @@ def test_an_import_that_fails_shows_its_traceback(tmp_path):
         ("class handle: pass", "the class `app:handle` has no `def __call__(self, item)`"),
         ("class handle:\n def __init__(self, x): pass\n def __call__(self, item): pass", "with no arguments, but it is"),
         ("class handle:\n def __call__(self): pass", "but it is `__call__(self)`"),
+        ("async def handle(): pass", "called with one argument, the item, but it is `handle()`"),
+        ("def handle(item, more): yield", "but it is `handle(item, more)`"),
+        (BATCH + "def handle(): pass", "called with one argument, the list of items, but it is `handle()`"),
+        (BATCH + "async def handle(items): pass", "`app:handle` has @forkring.batch and is a coroutine function"),
+        (BATCH + "def handle(items): yield", "`app:handle` has @forkring.batch and is a generator"),
+        (BATCH + "class handle:\n async def __call__(self, items): yield", "is an async generator: one for batches is"),
+        ("import forkring\n@forkring.concurrency(3)\ndef handle(item): pass", "and is no `async def`: a worker calls it"),
     ],
 )
 def test_what_is_no_handler_is_refused(tmp_path, source, says):
     assert "Traceback" not in refused(tmp_path, "app:handle", says, source=source)
+
+
+@pytest.mark.parametrize(
+    "decorator, says",
+    [
+        ("batch", "TypeError: batch() takes the most items of a batch: write @forkring.batch(), with brackets"),
+        ("batch(0)", "ValueError: a batch has at least 1 item"),
+        ("batch(1, -1)", "waits for at least 0 s, not 1 and -1"),
+        ("concurrency", "write @forkring.concurrency(8)"),
+        ("concurrency(0)", "ValueError: a worker has at least 1 item open at once, not 0"),
+    ],
+)
+def test_a_decorator_says_what_is_wrong(tmp_path, decorator, says):
+    refused(tmp_path, "app:handle", says, source=f"import forkring\n@forkring.{decorator}\ndef handle(item): pass")
 
 
 def test_a_module_that_is_not_there_is_one_line(tmp_path):
