@@ -1,0 +1,185 @@
+"""A worker whose handler is `async def`: many items at once, on one event loop.
+
+The loop watches the worker's bell and nothing else of ours: there is no thread and no timer, but for items with a
+deadline. The bell rings only for who is armed, so the order is always the same: forget the rings so far, take what there
+is to take, arm, and only then look at whatever is waited for. What comes after the look rings.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import importlib
+import select
+from collections.abc import Callable
+from typing import Any, Optional
+
+from forkring._codes import Code
+from forkring._core import Item, Worker
+from forkring._errors import Abort, Described, describe
+
+# As long as other workers wait for room for a result.
+_PATIENCE = 5.0
+
+
+def run(handler: Callable[[Item], Any], yields: bool, most: int) -> None:
+    """Until the server stops."""
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        worker = _Worker(handler, yields, most)
+        try:
+            runner.run(worker.run())
+        except BaseException:
+            # This process ends, and its items are another's: they are not to fail of being cancelled now.
+            worker.is_lost = True
+            raise
+
+
+def _loop_factory() -> Optional[Callable[[], asyncio.AbstractEventLoop]]:
+    try:
+        factory: Callable[[], asyncio.AbstractEventLoop] = importlib.import_module("uvloop").new_event_loop
+    except ImportError:
+        return None
+    return factory
+
+
+class _Open:
+    """What belongs to an item that is open."""
+
+    __slots__ = ("is_told", "task", "timer")
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        self.timer: Optional[asyncio.TimerHandle] = None
+        self.is_told = False
+
+    def cancel(self) -> None:
+        """Once: a handler may finish all the same."""
+        if not self.is_told:
+            self.is_told = True
+            # Not at once: of a task that has not begun nothing would run, and the item would never end.
+            self.task.get_loop().call_soon(self.task.cancel)
+
+
+class _Worker:
+    def __init__(self, handler: Callable[[Item], Any], yields: bool, most: int) -> None:
+        self._handler = handler
+        self._outcome = self._stream if yields else self._call
+        self._most = most
+        self._native = Worker()
+        self._open: dict[Item, _Open] = {}
+        self._waiting: list[asyncio.Future[None]] = []
+        self._looks_soon = False
+        self._hands_full = False
+        self.is_lost = False
+
+    async def run(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._end: asyncio.Future[None] = self._loop.create_future()
+        # Between the bell and the loop: uvloop makes what it watches non-blocking, also for those who share the bell.
+        with select.epoll() as bell:
+            bell.register(self._native.fileno(), select.EPOLLIN)
+            self._loop.add_reader(bell.fileno(), self._look)
+            try:
+                self._look()
+                await self._end
+            finally:
+                self._loop.remove_reader(bell.fileno())
+
+    def _look(self) -> None:
+        """Looks at all that the bell rings for."""
+        self._looks_soon = False
+        if self._end.done():
+            return
+        try:
+            while True:
+                self._native.disarm()
+                while len(self._open) < self._most and (item := self._native.take()) is not None:
+                    self._begin(item)
+                if self._native.stopping and not self._open:
+                    return self._end.set_result(None)
+                self._hands_full = len(self._open) >= self._most
+                if self._native.arm(not self._hands_full):
+                    break
+        except Exception as error:
+            return self._end.set_exception(error)
+        for item, open in self._open.items():
+            if item.cancelled:
+                open.cancel()
+        waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            if not one.done():
+                one.set_result(None)
+
+    def _look_soon(self) -> None:
+        """Once for all items that end in one turn of the loop."""
+        if not self._looks_soon:
+            self._looks_soon = True
+            self._loop.call_soon(self._look)
+
+    def _begin(self, item: Item) -> None:
+        open = self._open[item] = _Open(self._loop.create_task(self._handle(item)))
+        if item.deadline is not None:
+            self._time(item, open)
+
+    def _time(self, item: Item, open: _Open) -> None:
+        """Cancels it when its time is over, which by the loop's clock may be a little early."""
+        left = item.remaining()
+        if left:
+            open.timer = self._loop.call_later(max(left, 0.001), self._time, item, open)
+        else:
+            open.cancel()
+
+    async def _handle(self, item: Item) -> None:
+        failure = None
+        try:
+            await self._outcome(item)
+        except BaseException as error:
+            if self.is_lost:
+                raise
+            failure = self._failure(item, error)
+        # Not before what the handler returned or raised is gone: views of the payload may be in it.
+        self._native.end(item, failure)
+        open = self._open.pop(item)
+        if open.timer is not None:
+            open.timer.cancel()
+        if self._hands_full or (self._native.stopping and not self._open):
+            self._look_soon()
+
+    async def _call(self, item: Item) -> None:
+        await self._put(self._native.write, item, await self._handler(item), _PATIENCE)
+
+    async def _stream(self, item: Item) -> None:
+        parts = self._handler(item)
+        try:
+            async for part in parts:
+                await self._put(self._native.send, item, part, None)
+                # Others have their turn, and a cancel is heard of.
+                await asyncio.sleep(0)
+        finally:
+            await parts.aclose()
+        await self._put(self._native.write, item, None, None)
+
+    async def _put(
+        self, put: Callable[[Item, Any], bool], item: Item, value: Any, patience: Optional[float]
+    ) -> None:
+        """Sends or writes a value, when there is credit and room."""
+        if put(item, value):
+            return
+        try:
+            async with asyncio.timeout(patience):
+                while not put(item, value):
+                    rung = self._loop.create_future()
+                    self._waiting.append(rung)
+                    await rung
+        except TimeoutError:
+            message = "there is no room for the result: the worker's earlier results are not fetched (--arena)"
+            raise Abort(Code.RESOURCE_EXHAUSTED, message, "RESULTS_FULL") from None
+
+    def _failure(self, item: Item, error: BaseException) -> Described:
+        open = self._open[item]
+        if not (isinstance(error, asyncio.CancelledError) and open.is_told):
+            return describe(error)
+        if item.remaining() == 0:
+            code, message = Code.DEADLINE_EXCEEDED, "the item's deadline has passed"
+        else:
+            code, message = Code.CANCELLED, "the item was cancelled by its client"
+        return int(code), code.name, message, ""

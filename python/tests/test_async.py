@@ -1,0 +1,216 @@
+"""`async def`: many items at once in one worker, on one event loop."""
+
+import os
+import signal
+from pathlib import Path
+
+import grpc
+import pytest
+from harness import PATIENCE, error_of
+from serving import until
+
+pytestmark = pytest.mark.parametrize("loop", ["uvloop", "asyncio"])
+
+
+@pytest.fixture
+def files(tmp_path, loop, monkeypatch):
+    if loop == "asyncio":
+        monkeypatch.setenv("PLAIN_LOOP", "1")
+    return Files(tmp_path)
+
+
+class Files:
+    """What items wait for, and what they note."""
+
+    def __init__(self, folder):
+        self._folder = folder
+        self.journal = folder / "journal"
+
+    def metadata(self, name=""):
+        return {"journal": str(self.journal), "until": str(self._folder / f"go-{name}")}
+
+    def make(self, name=""):
+        (self._folder / f"go-{name}").touch()
+
+    def lines(self):
+        return self.journal.read_text().splitlines() if self.journal.exists() else []
+
+    def began(self, count):
+        """Waits until so many lines are there, and gives the pids that they name."""
+        until(f"{count} items", lambda: len(self.lines()) >= count)
+        return [int(line.split(" in ")[1].split()[0]) for line in self.lines() if " began in " in line]
+
+
+def gates(app, files, ids, pool="gate"):
+    """Calls that wait, one by one."""
+    begun = []
+    for id in ids:
+        before = len(files.lines())
+        begun.append(app.begin(pool, bytes([id]) * 1000 * id, id=id, metadata=files.metadata(str(id))))
+        files.began(before + 1)
+    return begun
+
+
+def test_they_are_open_beside_each_other_and_end_in_any_order(serve, files, loop):
+    app = serve("asynchronous.py:gate")
+    calls = gates(app, files, range(1, 9))
+    assert [line.split()[-1] for line in files.lines()] == [str(n) for n in range(8)]
+    for id in (8, 1, 5, 4, 7, 2, 3, 6):
+        files.make(str(id))
+        assert calls[id - 1].result().payload == bytes([id]) * 1000 * id
+
+
+def test_no_more_of_them_than_it_says(serve, files, loop):
+    app = serve("asynchronous.py:three", "asynchronous.py:Model")
+    calls = gates(app, files, range(1, 4), "three")
+    rest = [app.begin("three", id=id, metadata=files.metadata("rest")) for id in range(4, 9)]
+    # Others of the server are served: those five had time to come.
+    for _ in range(20):
+        app.call("Model")
+    assert len(files.lines()) == 3
+    for id in (1, 2, 3):
+        files.make(str(id))
+    files.make("rest")
+    for call in calls + rest:
+        call.result()
+    beside = [int(line.split()[-1]) for line in files.lines() if "began" in line]
+    assert len(beside) == 8 and max(beside) == 2
+
+
+def test_many_items_of_all_sizes(serve, files, loop):
+    app = serve("asynchronous.py:echo", "asynchronous.py:reply", "asynchronous.py:Model")
+    for pool in ("echo", "reply"):
+        items = {id: os.urandom([0, 10, 64, 65, 5000, 200_000][id % 6]) for id in range(600)}
+        results = app.stream([app.item(pool, payload, id=id) for id, payload in items.items()], timeout=None)
+        assert {result.id: result.payload for result in results} == items
+    seen = [app.call("Model").split() for _ in range(5)]
+    assert [int(items) for _, items in seen] == [1, 2, 3, 4, 5]
+
+
+def test_the_loop_has_no_thread_and_sleeps(serve, files, loop):
+    import json
+
+    app = serve("asynchronous.py:loop_kind")
+    kind, threads = json.loads(app.call("loop_kind"))
+    assert kind.startswith(loop) and threads == 1
+    (worker,) = app.workers().values()
+
+    def ticks():
+        status = Path(f"/proc/{worker}/status").read_text()
+        return [line for line in status.splitlines() if "voluntary_ctxt" in line]
+
+    # Nothing runs in it while nothing comes; it may have been on its way to sleep.
+    until("sleep", lambda: Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[0] == "S")
+    before = ticks()
+    import time
+
+    time.sleep(0.5)
+    assert ticks() == before
+
+
+def test_who_gives_up_cancels_the_task(serve, files, loop):
+    app = serve("asynchronous.py:gate")
+    first, second = gates(app, files, [1, 2])
+    first.cancel()
+    until("the cancel", lambda: "1 cancelled True" in files.lines())
+    # So does its deadline.
+    with pytest.raises(grpc.RpcError):
+        app.call("gate", id=3, metadata=files.metadata("never"), timeout=0.5)
+    until("the deadline", lambda: "3 cancelled True" in files.lines())
+    assert not second.done()
+    files.make("2")
+    assert second.result().payload == b"\2" * 2000
+
+
+def test_a_submitted_item_has_its_deadline_too(serve, files, loop):
+    import forkring
+
+    app = serve("asynchronous.py:gate")
+    with forkring.Client(app.address, pool="gate") as client:
+        work = forkring.client.Work(b"x", id=9, metadata=files.metadata("never"), timeout=0.5)
+        client.submit([work], subscription="s")
+        (result,) = client.updates("s", limit=1, timeout=PATIENCE)
+    assert result.error.code is forkring.Code.DEADLINE_EXCEEDED
+    until("the deadline", lambda: "9 cancelled True" in files.lines())
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_drain_waits_for_all_of_them(serve, files, loop, kind):
+    app = serve("asynchronous.py:gate")
+    calls = gates(app, files, range(1, 6))
+    if kind == signal.SIGINT:
+        app.interrupt()
+    else:
+        app.terminate()
+    for id, call in enumerate(calls, 1):
+        files.make(str(id))
+        assert call.result().payload == bytes([id]) * 1000 * id
+    app.close()
+
+
+def test_an_exception_is_the_item_s_error(serve, files, loop):
+    app = serve("asynchronous.py:ways", "asynchronous.py:breaks")
+    pid = app.call("ways")
+    for payload, code, reason, says in [
+        (b"value", "INTERNAL", "HANDLER_RAISED", "ValueError: that is no number"),
+        (b"exit", "INTERNAL", "HANDLER_RAISED", "SystemExit: 3"),
+        (b"int", "INTERNAL", "BAD_RESULT", "returned `int`"),
+        (b"abort", "NOT_FOUND", "NO_SUCH_ROW", "there is no row 7"),
+        (b"itself", "INTERNAL", "HANDLER_RAISED", "CancelledError"),
+        (b"deep", "INTERNAL", "HANDLER_RAISED", "KeyError: 'deep'"),
+        (b"large", "RESOURCE_EXHAUSTED", "RESULT_TOO_LARGE", "17825792 bytes is too large"),
+    ]:
+        error = error_of(app.error("ways", payload))
+        assert error[:2] == (code, reason) and says in error[2]
+    assert app.call("ways") == pid
+    part, end = app.stream([app.item("breaks")])
+    assert (part.payload, end.status.reason) == (b"one", "HANDLER_RAISED") and "asynchronous.py" in end.status.traceback
+
+
+@pytest.mark.parametrize("way", [b"die", b"break"])
+def test_a_worker_that_dies_gives_all_of_them_back(serve, files, loop, way):
+    app = serve("asynchronous.py:crowd", quiet=False)
+    calls = [app.begin("crowd", b"x", id=id, metadata=files.metadata()) for id in range(1, 5)]
+    files.began(4)
+    calls.append(app.begin("crowd", way, id=5, metadata=files.metadata()))
+    first = files.began(5)[0]
+    files.make()
+    assert [call.result().payload for call in calls] == [b"attempt 2"] * 5
+    assert first not in app.workers().values()
+
+
+def test_parts_of_many_at_once(serve, files, loop):
+    app = serve("asynchronous.py:count")
+    counts = {id: id * 7 % 60 for id in range(40)}
+    seen = {id: [] for id in counts}
+    for result in app.stream([app.item("count", str(count).encode(), id=id) for id, count in counts.items()]):
+        assert result.sequence == len(seen[result.id])
+        seen[result.id].append(result.payload if result.partial else None)
+    assert seen == {id: [*(str(n).encode() for n in range(count)), None] for id, count in counts.items()}
+    assert app.call("count", b"12") == b"01234567891011"
+
+
+@pytest.mark.parametrize("size", [b"0", b"1000000"])
+def test_who_is_not_read_waits_alone_and_is_closed(serve, files, loop, size):
+    app = serve("asynchronous.py:endless")
+    stream = app.stream([app.item("endless", size, metadata=files.metadata())])
+    assert next(stream).partial
+    until("some parts", lambda: files.lines().count("sent") > 3)
+    # Another item of the same worker has its parts meanwhile.
+    other = app.stream([app.item("endless", b"5", metadata={"journal": "/dev/null"})])
+    assert [len(next(other).payload) for _ in range(500)] == [5] * 500
+    other.cancel()
+    stream.cancel()
+    until("its end", lambda: files.lines()[-1] == "closed")
+
+
+def test_what_is_kept_is_nobody_elses_and_what_is_not_is_not_late(serve, files, loop):
+    app = serve("asynchronous.py:late", "asynchronous.py:keep", quiet=False)
+    for size in (100, 5000, 200_000):
+        assert app.call("late", bytes(size), metadata={"view": "1"}) == bytes(size)
+        app.error("late", bytes(size), metadata={"raise": "1"})
+        assert app.call("late", bytes(size)) == b"0"
+    assert "was kept" not in app.log()
+    for byte in range(1, 60):
+        assert app.call("keep", bytes([byte]) * (1000 + byte * 100)) == b"[]"
+    assert app.log().count("was kept after its handler") == 1
