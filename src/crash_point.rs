@@ -1,10 +1,11 @@
-//! Places where a test may kill a process: between any two shared steps.
+//! Places where a test may kill or stop a process: between any two shared steps.
 //!
 //! Without the feature `crash-points` a `crash_point!` is nothing. With it the environment says what happens there:
 //!
 //! | variable | |
 //! |---|---|
 //! | `FORKRING_CRASH=WHO/POINT:N` | SIGKILL for the process WHO when it passes the point for the N-th time, counted from 1 in each process; several are separated by commas |
+//! | `FORKRING_STOP=WHO/POINT:N` | the same with SIGSTOP: it goes on when it is sent SIGCONT |
 //! | `FORKRING_CRASHED=FILE` | only the first such process dies: it makes the file, and whoever finds it there lives on. Without it each successor dies as well |
 //! | `FORKRING_PASSES=FILE` | each pass appends a line `WHO PID POINT` |
 //!
@@ -41,6 +42,8 @@ mod armed {
         who: String,
         /// What is left to pass of each point at which this process dies.
         left: HashMap<String, u64>,
+        /// The same of those at which it stops.
+        stops: HashMap<String, u64>,
         crashed: Option<OsString>,
         passes: Option<File>,
     }
@@ -49,11 +52,14 @@ mod armed {
         fn new() -> Self {
             let comm = fs::read_to_string("/proc/self/comm").unwrap_or_default();
             let who = comm.trim_end().strip_prefix("forkring-").unwrap_or("supervisor").to_owned();
-            let spec = env::var("FORKRING_CRASH").unwrap_or_default();
-            let points = spec.split(',').filter_map(|one| {
-                let (point, n) = one.strip_prefix(&who)?.strip_prefix('/')?.rsplit_once(':')?;
-                Some((point.to_owned(), n.parse().ok()?))
-            });
+            let points = |variable| {
+                let spec = env::var(variable).unwrap_or_default();
+                let points = spec.split(',').filter_map(|one| {
+                    let (point, n) = one.strip_prefix(&who)?.strip_prefix('/')?.rsplit_once(':')?;
+                    Some((point.to_owned(), n.parse().ok()?))
+                });
+                points.collect()
+            };
             let passes = env::var_os("FORKRING_PASSES").map(|file| {
                 OpenOptions::new()
                     .append(true)
@@ -63,7 +69,8 @@ mod armed {
             });
             Armed {
                 pid: std::process::id(),
-                left: points.collect(),
+                left: points("FORKRING_CRASH"),
+                stops: points("FORKRING_STOP"),
                 crashed: env::var_os("FORKRING_CRASHED"),
                 passes,
                 who,
@@ -76,12 +83,21 @@ mod armed {
                 let line = format!("{} {} {name}\n", self.who, self.pid);
                 passes.write_all(line.as_bytes()).unwrap_or_else(|error| panic!("FORKRING_PASSES: {error}"));
             }
-            let Some(left) = self.left.get_mut(name) else { return };
-            *left = left.saturating_sub(1);
-            if *left == 0 && self.crashed.as_ref().is_none_or(|file| File::create_new(file).is_ok()) {
+            if is_due(&mut self.left, name) && self.crashed.as_ref().is_none_or(|file| File::create_new(file).is_ok()) {
                 process::die();
             }
+            if is_due(&mut self.stops, name) {
+                process::stop();
+            }
         }
+    }
+
+    /// Counts a pass of a point; whether it is one that something happens at.
+    fn is_due(left: &mut HashMap<String, u64>, name: &str) -> bool {
+        left.get_mut(name).is_some_and(|left| {
+            *left = left.saturating_sub(1);
+            *left == 0
+        })
     }
 
     pub(crate) fn pass(name: &'static str) {

@@ -114,6 +114,12 @@ pub fn die() -> ! {
     std::process::abort()
 }
 
+/// SIGSTOP to ourselves.
+#[cfg(feature = "crash-points")]
+pub fn stop() {
+    let _ = rustix::process::kill_process(rustix::process::getpid(), Signal::STOP);
+}
+
 /// Ends this process with no destructors and no exit handlers: they are the parent's.
 pub fn exit(code: u8) -> ! {
     // SAFETY: `_exit` has no preconditions.

@@ -412,9 +412,12 @@ impl Supervisor {
         }
     }
 
+    /// Tells all others. What is true comes before what tells of it: a front that sees the new epoch, or is rung, asks at once
+    /// whether this is the end, and perhaps never again.
     fn enter(&self, stage: Stage) {
-        self.segment.set_stage(stage);
         self.bells.end();
+        crash_point!("supervisor.entering");
+        self.segment.set_stage(stage);
         self.bells.ring_all();
     }
 

@@ -3,6 +3,11 @@
 
 mod common;
 
+#[cfg(feature = "crash-points")]
+use std::{fs::File, os::unix::fs::FileExt as _};
+
+#[cfg(feature = "crash-points")]
+use common::processes::is_stopped;
 use common::{
     Files, Server, assert_refused, assert_serves,
     processes::signal,
@@ -398,5 +403,68 @@ fn a_signal_that_comes_early_is_not_lost_and_does_no_harm() {
             assert_eq!(status.code(), Some(0));
             assert!(!segment.exists());
         }
+    });
+}
+
+/// A server whose supervisor stops between the steps by which it tells the others of a drain; and the folder of `passes`, its
+/// file of points.
+#[cfg(feature = "crash-points")]
+async fn stops_while_it_tells() -> (Server, Files) {
+    let files = Files::new();
+    let name = unique_name();
+    let mut command = serve_command(&name, &["--pool", "echo=echo", "--parent", &std::process::id().to_string()]);
+    command.env("FORKRING_STOP", "supervisor/supervisor.entering:1").env("FORKRING_PASSES", files.path("passes"));
+    let server = Server::start(name, command, Files::new()).await;
+    assert_serves(&server.client().await, "echo").await;
+    (server, files)
+}
+
+#[cfg(feature = "crash-points")]
+#[test]
+fn a_drain_is_told_to_a_front_that_is_awake() {
+    run(async {
+        let (mut server, _) = stops_while_it_tells().await;
+        let (client, family) = (server.client().await, server.family(1).await);
+        server.signal(Signal::SIGTERM);
+        until("the supervisor to stop", || is_stopped(server.pid()).then_some(())).await;
+        // Between the two steps the front looks at everything. It may know by now.
+        if let Err(status) = soon("an answer", client.call(WorkItem::new("echo", ""))).await {
+            assert_eq!(status.code(), Code::Unavailable, "{status}");
+        }
+        server.signal(Signal::SIGCONT);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+    });
+}
+
+#[cfg(feature = "crash-points")]
+#[test]
+fn a_drain_is_told_in_spite_of_who_writes_over_it() {
+    run(async {
+        // Stage and epoch, in the segment's header.
+        const WORDS: u64 = 256;
+        let (mut server, files) = stops_while_it_tells().await;
+        let family = server.family(1).await;
+        let front = server.child("front").await;
+        let segment = File::options().read(true).write(true).open(server.segment()).expect("a segment");
+        let words = || {
+            let mut words = [0; 8];
+            segment.read_exact_at(&mut words, WORDS).expect("a segment");
+            words
+        };
+        signal(front, Signal::SIGSTOP);
+        until("the front to stop", || is_stopped(front).then_some(())).await;
+        let before = words();
+        server.signal(Signal::SIGTERM);
+        until("the supervisor to stop", || is_stopped(server.pid()).then_some(())).await;
+        server.signal(Signal::SIGCONT);
+        // The one that says it, the front's and the worker's.
+        let rung = |line: &&String| line.starts_with("supervisor ") && line.ends_with(" doorbell.rung");
+        until("all bells", || (files.lines("passes").iter().filter(rung).count() == 3).then_some(())).await;
+        assert_ne!(words(), before);
+        segment.write_all_at(&before, WORDS).expect("a segment");
+        signal(front, Signal::SIGCONT);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
     });
 }

@@ -7,6 +7,7 @@
 use std::{
     convert::Infallible,
     io,
+    mem::take,
     time::{Duration, Instant},
 };
 
@@ -42,26 +43,30 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
     let mut slept = false;
     let mut seen = hub.activity.get();
     let mut epoch = None;
+    let mut was_rung = false;
     loop {
         hub.release_sent();
         hub.with_front(|front| front.ring());
         let (count, done_at) = hub.collect();
         let deadline = hub.expire();
         hub.tell_of_room(false);
-        if epoch != Some(segment.epoch()) {
-            epoch = Some(segment.epoch());
-            if !hub.is_draining() {
-                let draining = hub.with_front(|front| front.is_draining());
+        // A drain is told by both. The bell, because a worker can write over the epoch; the epoch, because who never
+        // sleeps hears no bell.
+        let (before, rung) = (epoch.replace(segment.epoch()), take(&mut was_rung));
+        let changed = before != epoch;
+        if (changed || rung) && !hub.is_draining() {
+            let draining = hub.with_front(|front| front.is_draining());
+            if changed || draining {
                 report_health(hub, &reporter, !draining).await;
-                if draining {
-                    // Ends the streams of those who watch.
-                    for name in services(hub) {
-                        reporter.clear_service_status(name).await;
-                    }
-                    hub.draining.send_replace(true);
-                    hub.wake_all();
-                    crash_point!("front.draining");
+            }
+            if draining {
+                // Ends the streams of those who watch.
+                for name in services(hub) {
+                    reporter.clear_service_status(name).await;
                 }
+                hub.draining.send_replace(true);
+                hub.wake_all();
+                crash_point!("front.draining");
             }
         }
         let active = count > 0 || seen != hub.activity.get();
@@ -103,7 +108,10 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
         tokio::select! {
             biased;
             () = hub.notify.notified() => {}
-            rung = bell.wait() => rung?,
+            rung = bell.wait() => {
+                rung?;
+                was_rung = true;
+            }
             () = until(deadline) => {}
             () = sleep(LATE), if late => {
                 hub.with_front(|front| front.ring_next());
