@@ -6,6 +6,7 @@
 //!   that the child does not have. That is why gRPC and fork cannot hurt each other here.
 //! - A child never runs a destructor or an exit handler of its parent's: it ends in `_exit`, also when it panics.
 //! - A child is killed when its parent dies, even if the parent died before the child could ask for that.
+//! - While there is a [`DeadChildren`], a child that died is there until it is reaped, whatever this process was started with.
 #![allow(unsafe_code)]
 
 use std::{
@@ -18,7 +19,10 @@ use std::{
     process::{Command, ExitStatus},
 };
 
-use nix::{sys::signal::SigSet, unistd::ForkResult};
+use nix::{
+    sys::signal::{self, SaFlags, SigAction, SigHandler, SigSet},
+    unistd::ForkResult,
+};
 use rustix::{
     io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd},
     process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions},
@@ -37,6 +41,30 @@ pub struct Child {
     pid: Pid,
     /// Readable once the child is dead.
     pub pidfd: OwnedFd,
+}
+
+/// While it lives, dead children wait to be reaped. That is what SIGCHLD does by itself, but who ignores it loses them, and so
+/// do the programs that it starts.
+#[derive(Debug)]
+pub struct DeadChildren {
+    before: SigAction,
+}
+
+impl DeadChildren {
+    /// Keeps them.
+    pub fn keep() -> io::Result<Self> {
+        let default = SigAction::new(SigHandler::SigDfl, SaFlags::empty(), SigSet::empty());
+        // SAFETY: no handler is installed that could do what a handler may not.
+        let before = unsafe { signal::sigaction(signal::Signal::SIGCHLD, &default) }?;
+        Ok(DeadChildren { before })
+    }
+}
+
+impl Drop for DeadChildren {
+    fn drop(&mut self) {
+        // SAFETY: what was installed before is as good as it was. It cannot fail: it is the action of a signal that has one.
+        let _ = unsafe { signal::sigaction(signal::Signal::SIGCHLD, &self.before) };
+    }
 }
 
 /// Why a process was not forked.

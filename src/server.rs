@@ -13,7 +13,7 @@ use crate::{
     builtin::{Builtin, BuiltinError},
     config::{ByteSize, Config, ConfigError, PoolSpec},
     handler::{Failure, Handler, Item, Reply},
-    process::{self, ForkError},
+    process::{self, DeadChildren, ForkError},
     program::Program,
     segment::{Geometry, SegmentError, SegmentOwner},
     supervisor::{PoolPlan, Signals, Supervisor, SupervisorError, Work},
@@ -197,6 +197,8 @@ impl Server {
         if threads.len() != 1 {
             return Err(ForkError::Threads { names: threads }.into());
         }
+        // Also for those who check programs.
+        let dead = DeadChildren::keep().map_err(SupervisorError::Io)?;
         self.config.pools.clear();
         for pool in &self.pools {
             // What a pool of closures may be called is what one of the command line may.
@@ -247,7 +249,7 @@ impl Server {
         let shapes: Vec<_> = pools.iter().map(|pool| (pool.name.clone(), pool.workers)).collect();
         let owner = SegmentOwner::take(&self.config.name, geometry, &shapes, self.config.fresh)?;
         let supervisor = Supervisor::new(self.config, pools, listener, owner)?;
-        Ok(BoundServer { address, supervisor, signals })
+        Ok(BoundServer { address, supervisor, signals, _dead: dead })
     }
 
     /// Serves until SIGTERM or SIGINT has drained it. This process becomes the supervisor and must have one thread.
@@ -261,6 +263,7 @@ pub struct BoundServer {
     address: SocketAddr,
     supervisor: Supervisor,
     signals: Signals,
+    _dead: DeadChildren,
 }
 
 impl BoundServer {

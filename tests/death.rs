@@ -2,13 +2,16 @@
 
 mod common;
 
-use std::{collections::BTreeMap, time::Duration};
+use std::{collections::BTreeMap, process::Command, time::Duration};
 
 use common::{
     Files, Server, assert_refused, assert_serves, failure,
     processes::{children, is_alive, signal},
+    program::{behind, finish},
     raw::{Raw, framed},
-    refusal, run, soon, until,
+    refusal, run,
+    server::{serve_command, unique_name},
+    soon, until,
 };
 use forkring::{
     client::{Client, Results},
@@ -332,5 +335,32 @@ fn a_worker_that_was_stopped_at_work_keeps_its_item() {
         assert_eq!(result.attempts, 1, "nobody took it from who was only stopped");
         assert!(result.payload == pattern(1, 200_000));
         server.drain().await;
+    });
+}
+
+#[test]
+fn whoever_started_it_ignores_dead_children_is_no_matter() {
+    run(async {
+        // It comes over exec, and then the kernel reaps children by itself.
+        let ignoring = |command: &Command| behind(&["env", "--ignore-signal=CHLD"], command);
+        let name = unique_name();
+        let parent = std::process::id().to_string();
+        let pools = ["--pool", "echo:2=echo", "--pool", "run=exec:cat", "--parent", &parent];
+        let server = Server::start(name.clone(), ignoring(&serve_command(&name, &pools)), Files::new()).await;
+        for process in ["w0", "front"] {
+            let pid = server.child(process).await;
+            signal(pid, Signal::SIGKILL);
+            server.successor(process, pid).await;
+        }
+        let client = server.client().await;
+        assert_serves(&client, "echo").await;
+        assert_serves(&client, "run").await;
+        let log = server.drain().await;
+        assert_eq!(log.matches("was killed by SIGKILL (9)").count(), 2, "{log}");
+
+        // Before there is a port, a program is asked whether it can run the handler.
+        let name = unique_name();
+        let command = serve_command(&name, &["app:handle", "--python", "/bin/false"]);
+        finish(ignoring(&command), b"").await.assert_failed(2, "cannot run `app:handle`");
     });
 }

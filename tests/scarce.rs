@@ -18,7 +18,7 @@ use std::{
 use common::{
     Files, Server, assert_serves,
     processes::signal,
-    program::{Killed, finish},
+    program::{Killed, behind, finish},
     run,
     server::{serve_command, unique_name},
     soon, until,
@@ -29,15 +29,7 @@ use tokio::task::JoinSet;
 
 /// A command that runs as this shell script has it, `"$@"` being the command.
 fn within(wrapper: &[&str], script: &str, command: &Command) -> Command {
-    let mut wrapped = Command::new(wrapper[0]);
-    wrapped.args(&wrapper[1..]).args(["sh", "-c", script, "sh"]).arg(command.get_program()).args(command.get_args());
-    for (key, value) in command.get_envs() {
-        match value {
-            Some(value) => wrapped.env(key, value),
-            None => wrapped.env_remove(key),
-        };
-    }
-    wrapped
+    behind(&[wrapper, &["sh", "-c", script, "sh"]].concat(), command)
 }
 
 /// A command for which `/dev/shm` has so many bytes, and what follows in the script; none where that cannot be.

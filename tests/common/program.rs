@@ -24,6 +24,19 @@ pub async fn run(args: &[&str], stdin: &[u8]) -> Outcome {
     finish(command, stdin).await
 }
 
+/// A command behind the words of another, which runs it.
+pub fn behind(words: &[&str], command: &Command) -> Command {
+    let mut wrapped = Command::new(words[0]);
+    wrapped.args(&words[1..]).arg(command.get_program()).args(command.get_args());
+    for (key, value) in command.get_envs() {
+        match value {
+            Some(value) => wrapped.env(key, value),
+            None => wrapped.env_remove(key),
+        };
+    }
+    wrapped
+}
+
 /// Runs a command to its end. It is killed if that does not come.
 pub async fn finish(mut command: Command, stdin: &[u8]) -> Outcome {
     let files = Files::new();
