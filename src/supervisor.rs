@@ -18,6 +18,7 @@ pub(crate) mod overdue;
 
 use std::{
     io,
+    mem::take,
     net::TcpListener,
     os::fd::{AsFd, AsRawFd, BorrowedFd},
     os::unix::process::ExitStatusExt,
@@ -53,7 +54,8 @@ use overdue::{ItemTimer, Timed, Watch};
 
 const FORK_AGAIN: Duration = Duration::from_secs(1);
 
-/// A child's exit code for a failure that a restart cannot mend.
+/// A child's exit code for a failure that it could not go on with. Of the first front it is the server's own: nothing was
+/// served. Later it is of the moment, such as too few file descriptors, and a successor may do better.
 pub const EXIT_HOPELESS: u8 = 78;
 
 /// Why a server ended other than by a drain.
@@ -160,6 +162,8 @@ pub struct Supervisor {
     verdicts: Verdicts,
     /// Whether the gate is.
     is_open: bool,
+    /// No front has ended yet.
+    is_first_front: bool,
 }
 
 impl Supervisor {
@@ -205,6 +209,7 @@ impl Supervisor {
             watch,
             verdicts,
             is_open: false,
+            is_first_front: true,
         })
     }
 
@@ -498,7 +503,7 @@ impl Supervisor {
             tracing::debug!(process, pid, cause = %cause(status), "ended");
             return Ok(());
         }
-        if is_front && status.code() == Some(EXIT_HOPELESS.into()) {
+        if is_front && take(&mut self.is_first_front) && status.code() == Some(EXIT_HOPELESS.into()) {
             return Err(SupervisorError::Front);
         }
         // A worker that was ended for its item would have lived on.

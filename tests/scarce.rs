@@ -7,6 +7,7 @@
 mod common;
 
 use std::{
+    collections::HashSet,
     fs::{self, File},
     io::{self, Write as _},
     net::TcpStream,
@@ -25,6 +26,7 @@ use common::{
 };
 use forkring::{client::Client, proto::v1::WorkItem};
 use nix::sys::signal::Signal;
+use rustix::process::{Pid, Resource, Rlimit, getrlimit, prlimit};
 use tokio::task::JoinSet;
 
 /// A command that runs as this shell script has it, `"$@"` being the command.
@@ -181,6 +183,43 @@ fn without_file_descriptors_it_waits_for_some() {
         soon("an answer to who waited", late).await;
         assert_serves(&client, "echo").await;
         assert_eq!(server.child("front").await, front, "it is the same all the time");
+        server.drain().await;
+    });
+}
+
+/// Lets a process open so many more files than it has.
+fn leave_numbers(pid: i32, more: usize) {
+    let entries = fs::read_dir(format!("/proc/{pid}/fd")).expect("a living process");
+    let number = |entry: io::Result<fs::DirEntry>| entry.expect("a file").file_name().to_str()?.parse::<u64>().ok();
+    let open: HashSet<_> = entries.map(|entry| number(entry).expect("a number")).collect();
+    limit_numbers(pid, (0..).filter(|number| !open.contains(number)).nth(more));
+}
+
+/// The limit of a process that has inherited ours, or ours again.
+fn limit_numbers(pid: i32, limit: Option<u64>) {
+    let ours = getrlimit(Resource::Nofile);
+    let limit = Rlimit { current: limit.or(ours.current), ..ours };
+    prlimit(Pid::from_raw(pid), Resource::Nofile, limit).expect("a living process");
+}
+
+#[test]
+fn a_front_that_cannot_be_replaced_for_now_is_replaced_later() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let client = server.client().await;
+        let receipt = client.submit(tokio_stream::iter([WorkItem::new("echo", "kept").with_id(1)])).await;
+        assert_eq!(receipt.expect("a receipt").accepted, 1);
+        // Enough for the supervisor, and not for a front.
+        leave_numbers(server.pid(), 2);
+        signal(server.child("front").await, Signal::SIGKILL);
+        server.logged("cannot go on: Too many open files").await;
+        server.logged("exited with 78").await;
+        limit_numbers(server.pid(), None);
+        let client = soon("a connection", Client::connect(&server.addr)).await.expect("a connection");
+        assert_serves(&client, "echo").await;
+        let mut updates = soon("a stream", client.updates("", 1)).await.expect("a stream");
+        let result = soon("an update", updates.message()).await.expect("a stream").expect("an update");
+        assert_eq!(&result.payload[..], b"kept");
         server.drain().await;
     });
 }
