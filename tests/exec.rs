@@ -2,7 +2,7 @@
 
 mod common;
 
-use std::time::Duration;
+use std::{fs, time::Duration};
 
 use common::{
     Files, Server, assert_refused,
@@ -166,6 +166,48 @@ fn a_program_whose_time_is_over_is_killed_with_all_that_it_started() {
 }
 
 #[test]
+fn a_program_that_has_closed_its_output_is_killed_like_any_other() {
+    run(async {
+        let files = Files::new();
+        // A child of its own, which only its group tells of.
+        let script = "exec >&- 2>&-; echo $$ >> {0}; sleep 1000 & echo $! >> {0}; wait";
+        fs::write(files.path("script"), script.replace("{0}", &files.name("pids"))).expect("a file");
+        let pool = format!("run=exec:sh {}", files.name("script"));
+        let server = Server::serve(&["--pool", &pool]).await;
+        let client = server.client().await;
+        let call = tokio::spawn({
+            let client = client.clone();
+            async move { client.call(WorkItem::new("run", "")).await }
+        });
+        let programs = pids(&files, "pids", 2).await;
+        call.abort();
+        gone(&programs).await;
+        server.drain().await;
+
+        // A second for the program to begin, also on a slow machine.
+        let server = Server::serve(&["--pool", &pool, "--item-timeout", "1s", "--max-attempts", "1"]).await;
+        let answer = soon("an answer", server.client().await.call(WorkItem::new("run", ""))).await;
+        assert_refused(refusal(answer), (Code::DeadlineExceeded, "ITEM_TIMEOUT"), "in work for over 1s");
+        gone(&pids(&files, "pids", 4).await).await;
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_program_gets_all_of_its_item_whatever_it_has_closed() {
+    run(async {
+        let files = Files::new();
+        let script = format!("exec >&- 2>&-; cat > {0}; exit 3", files.name("copy"));
+        fs::write(files.path("script"), script).expect("a file");
+        let (server, client) = serve(&format!("sh {}", files.name("script"))).await;
+        let payload = b"all of it".repeat(50_000);
+        assert_refused(failure(call(&client, &payload).await), FAILED, "`sh` ended with exit status: 3");
+        assert!(fs::read(files.path("copy")).expect("a file") == payload);
+        server.drain().await;
+    });
+}
+
+#[test]
 fn a_program_dies_with_its_worker() {
     run(async {
         let files = Files::new();
@@ -214,7 +256,7 @@ fn many_programs_leave_nothing_behind() {
         let server = Server::serve(&["--pool", "run:2=exec:cat"]).await;
         let client = server.client().await;
         let workers = [server.child("w0").await, server.child("w1").await];
-        let open = || workers.map(|pid| std::fs::read_dir(format!("/proc/{pid}/fd")).expect("a process").count());
+        let open = || workers.map(|pid| fs::read_dir(format!("/proc/{pid}/fd")).expect("a process").count());
         call(&client, b"x").await.expect("a result");
         let before = open();
         let items = (0..100).map(|id| WorkItem::new("run", id.to_string()).with_id(id));

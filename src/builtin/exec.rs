@@ -2,13 +2,16 @@
 //! result; a non-zero exit is the item's failure, with the end of stderr.
 //!
 //! All three pipes are served by one `poll`, so that no program can block by writing much before it has read all, or the
-//! other way round. The program dies with its worker; one whose item is cancelled, or that writes more than a result
-//! may have, is killed. One that takes too long is told to end when its worker is, and whatever it started with it: of a
-//! pipeline, only the shell would die with the worker.
+//! other way round; and its end is, so that who closes them all is under the same control. The program dies with its worker;
+//! one whose item is cancelled, or that writes more than a result may have, is killed. One that takes too long is told to end
+//! when its worker is, and whatever it started with it: of a pipeline, only the shell would die with the worker.
 
 use std::{
     io::{self, Read, Write},
-    os::{fd::AsFd, unix::process::CommandExt},
+    os::{
+        fd::{AsFd, OwnedFd},
+        unix::process::CommandExt,
+    },
     process::{Child, Command, Stdio},
 };
 
@@ -129,18 +132,15 @@ impl Running {
     }
 
     /// Ends the program and then this worker: the item is to be given to another, or to fail.
-    fn end(&self) -> ! {
+    fn end(&self, exit: &OwnedFd) -> ! {
         self.signal(Signal::TERM);
-        // Its pid stays its own: it is not reaped any more.
-        let pidfd = Pid::from_raw(self.program.id().cast_signed());
-        if let Some(Ok(pidfd)) = pidfd.map(|pid| pidfd_open(pid, PidfdFlags::empty())) {
-            let _ = poll(&mut [PollFd::new(&pidfd, PollFlags::IN)], Some(&LAST_WORDS));
-        }
+        let _ = poll(&mut [PollFd::new(exit, PollFlags::IN)], Some(&LAST_WORDS));
         self.signal(Signal::KILL);
         process::die()
     }
 
-    /// Feeds stdin and reads the other two until both are closed.
+    /// Feeds stdin and reads the other two until both are closed and the program has ended. What it has started may hold them
+    /// open for longer than it runs.
     fn pump(&mut self, item: &Item<'_>, reply: &mut Reply<'_, '_>, tail: &mut Vec<u8>) -> Result<(), Failure> {
         let mut stdin = self.program.stdin.take();
         let mut stdout = self.program.stdout.take();
@@ -151,15 +151,21 @@ impl Running {
             let flags = fcntl_getfl(pipe).map_err(io::Error::from)?;
             fcntl_setfl(pipe, flags | OFlags::NONBLOCK).map_err(io::Error::from)?;
         }
+        // It is not reaped yet, so its pid is its own.
+        let pid = Pid::from_raw(self.program.id().cast_signed()).ok_or(io::Error::from(Errno::SRCH))?;
+        let exit = pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
+        let mut running = true;
         let orders = Orders::new().map_err(io::Error::from)?;
         let mut input = item.payload();
         let mut buffer = [0; 64 << 10];
-        while stdout.is_some() || stderr.is_some() {
+        while running || stdout.is_some() || stderr.is_some() {
             if input.is_empty() {
                 stdin = None;
             }
-            let mut polls = Vec::with_capacity(4);
+            let mut polls = Vec::with_capacity(5);
             polls.push(PollFd::new(&orders.0, PollFlags::IN));
+            // Last words are read after the end, which then need not be told again.
+            polls.extend(running.then(|| PollFd::new(&exit, PollFlags::IN)));
             polls.extend(stdin.as_ref().map(|fd| PollFd::new(fd, PollFlags::OUT)));
             polls.extend(stdout.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
             polls.extend(stderr.as_ref().map(|fd| PollFd::new(fd, PollFlags::IN)));
@@ -167,8 +173,10 @@ impl Running {
                 Ok(_) | Err(Errno::INTR) => {}
                 Err(error) => return Err(io::Error::from(error).into()),
             }
+            running = running && polls[1].revents().is_empty();
+            drop(polls);
             if orders.to_end() {
-                self.end();
+                self.end(&exit);
             }
             if item.is_cancelled() {
                 return Err(if item.remaining().is_some_and(|left| left.is_zero()) {
