@@ -24,8 +24,9 @@ use nix::{
     unistd::ForkResult,
 };
 use rustix::{
-    io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd},
-    process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions},
+    event::{EventfdFlags, eventfd},
+    io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd, read, retry_on_intr, write},
+    process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, WaitOptions},
 };
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
@@ -89,13 +90,15 @@ pub fn threads() -> io::Result<Vec<String>> {
         .collect()
 }
 
-/// Forks a child that runs `main` under the name that `ps` and `top` show, and exits with what it returns.
+/// Forks a child that runs `main` under the name that `ps` and `top` show, and exits with what it returns. After an error there
+/// is no child, and none has begun with `main`: that waits until its pidfd is there.
 pub fn fork(name: &str, main: impl FnOnce() -> u8) -> Result<Child, ForkError> {
     let names = threads()?;
     if names.len() != 1 {
         return Err(ForkError::Threads { names });
     }
     let parent = rustix::process::getpid();
+    let known = eventfd(0, EventfdFlags::CLOEXEC).map_err(io::Error::from)?;
     // SAFETY: there is one thread, as just checked, so the child may do all that the parent may. It never returns
     // into the parent's frames: it ends in `_exit` below.
     let pid = match unsafe { nix::unistd::fork() }.map_err(io::Error::from)? {
@@ -106,6 +109,9 @@ pub fn fork(name: &str, main: impl FnOnce() -> u8) -> Result<Child, ForkError> {
                     return 1;
                 }
                 let _ = fs::write("/proc/self/comm", name);
+                // It ends with what it was told, or with a SIGKILL.
+                let _ = retry_on_intr(|| read(&known, &mut [0_u8; 8]));
+                drop(known);
                 main()
             }));
             exit(code.unwrap_or(101));
@@ -113,8 +119,15 @@ pub fn fork(name: &str, main: impl FnOnce() -> u8) -> Result<Child, ForkError> {
         ForkResult::Parent { child } => Pid::from_raw(child.as_raw()).ok_or(io::Error::from(Errno::SRCH))?,
     };
     // The child is ours and not reaped, so the pid is its own.
-    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty()).map_err(io::Error::from)?;
-    Ok(Child { pid, pidfd })
+    let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty());
+    match pidfd.and_then(|pidfd| write(&known, &1_u64.to_ne_bytes()).map(|_| pidfd)) {
+        Ok(pidfd) => Ok(Child { pid, pidfd }),
+        Err(error) => {
+            let _ = rustix::process::kill_process(pid, Signal::KILL);
+            let _ = retry_on_intr(|| rustix::process::waitpid(Some(pid), WaitOptions::empty()));
+            Err(io::Error::from(error).into())
+        }
+    }
 }
 
 /// SIGKILL when the parent dies; at once if it already has.
