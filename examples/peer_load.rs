@@ -5,10 +5,12 @@
 //!
 //! The shape is that of `bench --mode call --in-flight N`: a closed loop on one thread, the same payload, the same times
 //! and counts, as JSON with the same names. Over HTTP/1.1, which answers in turn, N in flight are N connections that are
-//! kept open; over gRPC they are N calls on one connection, whose windows are as wide as bench's.
+//! kept open; over gRPC they are N calls on one connection, whose windows are as wide as bench's. Nor is a payload copied
+//! for each request.
 
 use std::{
     cell::RefCell,
+    convert::Infallible,
     future::Future,
     io,
     pin::Pin,
@@ -18,12 +20,20 @@ use std::{
 };
 
 use anyhow::{Context as _, bail, ensure};
-use bytes::Bytes;
+use bytes::{BufMut as _, Bytes};
 use clap::{Parser, ValueEnum};
 use hdrhistogram::Histogram;
 use http::{Request, Response, Uri, uri::PathAndQuery};
-use hyper::{body::Incoming, client::conn::http2};
+use http_body_util::StreamBody;
+use hyper::{
+    body::{Frame, Incoming},
+    client::conn::http2,
+};
 use hyper_util::rt::{TokioExecutor, TokioIo};
+use prost::{
+    Message as _,
+    encoding::{WireType, encode_key, encode_varint},
+};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::TcpStream,
@@ -186,9 +196,25 @@ struct InferRequest {
     model: String,
     #[prost(message, repeated, tag = "5")]
     inputs: Vec<Tensor>,
-    #[prost(bytes = "bytes", repeated, tag = "7")]
-    raw: Vec<Bytes>,
 }
+
+impl InferRequest {
+    /// The gRPC message with a tensor's bytes at its end, in the two pieces that each request sends.
+    fn with(&self, raw: &Bytes) -> Result<Pieces, std::num::TryFromIntError> {
+        const RAW: u32 = 7;
+        let mut fields = self.encode_to_vec();
+        encode_key(RAW, WireType::LengthDelimited, &mut fields);
+        encode_varint(raw.len() as u64, &mut fields);
+        let mut head = vec![0];
+        head.put_u32(u32::try_from(fields.len() + raw.len())?);
+        head.extend(fields);
+        Ok(Pieces([head.into(), raw.clone()]))
+    }
+}
+
+/// The body of a request, for a [`Connection`].
+#[derive(Clone)]
+struct Pieces([Bytes; 2]);
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct InferResponse {
@@ -209,7 +235,7 @@ struct Tensor {
 /// A call on the connection that all share.
 struct Triton {
     client: tonic::client::Grpc<Connection>,
-    request: InferRequest,
+    pieces: Pieces,
 }
 
 impl Caller for Triton {
@@ -217,9 +243,11 @@ impl Caller for Triton {
         self.client.ready().await?;
         let path = PathAndQuery::from_static("/inference.GRPCInferenceService/ModelInfer");
         let codec = tonic_prost::ProstCodec::<InferRequest, InferResponse>::default();
-        let answer = self.client.unary(tonic::Request::new(self.request.clone()), path, codec).await?.into_inner();
-        let lengths = answer.raw.iter().map(Bytes::len);
-        ensure!(lengths.eq(self.request.raw.iter().map(Bytes::len)), "an answer of another length");
+        let mut request = tonic::Request::new(InferRequest::default());
+        request.extensions_mut().insert(self.pieces.clone());
+        let answer = self.client.unary(request, path, codec).await?.into_inner();
+        let lengths: Vec<_> = answer.raw.iter().map(Bytes::len).collect();
+        ensure!(lengths == [self.pieces.0[1].len()], "an answer of {lengths:?} bytes");
         Ok(())
     }
 }
@@ -252,7 +280,11 @@ impl tower::Service<Request<Body>> for Connection {
         self.0.poll_ready(context)
     }
 
-    fn call(&mut self, request: Request<Body>) -> Self::Future {
+    fn call(&mut self, mut request: Request<Body>) -> Self::Future {
+        if let Some(Pieces(pieces)) = request.extensions_mut().remove() {
+            let frames = pieces.map(|piece| Ok::<_, Infallible>(Frame::data(piece)));
+            *request.body_mut() = Body::new(StreamBody::new(tokio_stream::iter(frames)));
+        }
         Box::pin(self.0.send_request(request))
     }
 }
@@ -286,11 +318,11 @@ async fn load(options: &Options) -> anyhow::Result<serde_json::Value> {
                     datatype: "UINT8".to_owned(),
                     shape: vec![i64::try_from(payload.len())?],
                 };
-                let request = InferRequest { model: path.to_owned(), inputs: vec![input], raw: vec![payload.clone()] };
+                let pieces = InferRequest { model: path.to_owned(), inputs: vec![input] }.with(&payload)?;
                 let client = tonic::client::Grpc::with_origin(connection.clone(), origin)
                     .max_decoding_message_size(usize::MAX)
                     .max_encoding_message_size(usize::MAX);
-                callers.spawn_local(in_turn(Triton { client, request }, tally));
+                callers.spawn_local(in_turn(Triton { client, pieces }, tally));
             }
         }
     }
