@@ -65,14 +65,21 @@ def test_no_more_of_them_than_it_says(serve, files, loop):
     # Small, for when a large result is fetched the worker looks, too.
     calls = gates(app, files, range(1, 4), "three", 1)
     rest = [app.begin("three", id=id, metadata=files.metadata("rest")) for id in range(4, 9)]
-    # Others of the server are served: those five had time to come.
-    for _ in range(20):
-        app.call("Model")
-    assert len(files.lines()) == 3
-    for id in (1, 2, 3):
+
+    def assert_no_more_than(count):
+        files.began(count)
+        # Others of the server are served: those five had time to come.
+        for _ in range(20):
+            app.call("Model")
+        assert len(files.lines()) == count
+
+    assert_no_more_than(3)
+    for id, call in enumerate(calls, 1):
         files.make(str(id))
+        call.result()
+        assert_no_more_than(3 + id)
     files.make("rest")
-    for call in calls + rest:
+    for call in rest:
         call.result()
     beside = [int(line.split()[-1]) for line in files.lines() if "began" in line]
     assert len(beside) == 8 and max(beside) == 2
@@ -203,6 +210,31 @@ def test_who_is_not_read_waits_alone_and_is_closed(serve, files, loop, size):
     other.cancel()
     stream.cancel()
     until("its end", lambda: files.lines()[-1] == "closed")
+
+
+def test_who_finds_no_room_waits_alone(serve, files, loop):
+    app = serve("asynchronous.py:endless")
+    streams = [app.stream([app.item("endless", b"4000000", metadata=files.metadata())]) for _ in range(3)]
+    for stream in streams:
+        assert next(stream).partial
+
+    def is_full():
+        nonlocal sent, same
+        now = files.lines().count("sent")
+        sent, same = now, same + 1 if now == sent else 0
+        # More than the arena holds has been made, and no more for a while.
+        return sent > 5 and same > 50
+
+    sent, same = 0, 0
+    until("a full arena", is_full)
+    other = app.stream([app.item("endless", b"5", metadata={"journal": "/dev/null"})])
+    assert [len(next(other).payload) for _ in range(500)] == [5] * 500
+    other.cancel()
+    # There is room again as they are read.
+    for stream in streams:
+        assert [len(next(stream).payload) for _ in range(6)] == [4_000_000] * 6
+        stream.cancel()
+    until("their end", lambda: files.lines().count("closed") == 3)
 
 
 def test_what_is_kept_is_nobody_elses_and_what_is_not_is_not_late(serve, files, loop):
