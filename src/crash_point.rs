@@ -94,10 +94,10 @@ mod armed {
 
     /// Counts a pass of a point; whether it is one that something happens at.
     fn is_due(left: &mut HashMap<String, u64>, name: &str) -> bool {
-        left.get_mut(name).is_some_and(|left| {
-            *left = left.saturating_sub(1);
-            *left == 0
-        })
+        let Some(to_go) = left.get_mut(name) else { return false };
+        *to_go = to_go.saturating_sub(1);
+        // Once: who was stopped there has gone on.
+        *to_go == 0 && left.remove(name).is_some()
     }
 
     pub(crate) fn pass(name: &'static str) {

@@ -197,7 +197,7 @@ impl Server {
         if threads.len() != 1 {
             return Err(ForkError::Threads { names: threads }.into());
         }
-        // Also for those who check programs.
+        // Before the first child, which may be one that checks a program.
         let dead = DeadChildren::keep().map_err(SupervisorError::Io)?;
         self.config.pools.clear();
         for pool in &self.pools {

@@ -212,7 +212,7 @@ fn a_front_that_cannot_be_replaced_for_now_is_replaced_later() {
         // Enough for the supervisor, and not for a front.
         leave_numbers(server.pid(), 2);
         signal(server.child("front").await, Signal::SIGKILL);
-        server.logged("cannot go on: Too many open files").await;
+        server.logged("cannot go on error=Too many open files").await;
         server.logged("exited with 78").await;
         limit_numbers(server.pid(), None);
         let client = soon("a connection", Client::connect(&server.addr)).await.expect("a connection");
