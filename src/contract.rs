@@ -89,6 +89,12 @@ impl Contract {
         Layout::of(self.geometry).ok().filter(|layout| self.abi == ABI && layout.hash() == self.layout)
     }
 
+    /// The numbers of all descriptors.
+    pub fn fds(&self) -> impl Iterator<Item = RawFd> {
+        let bells = self.front_bells.iter().chain(&self.worker_bells).copied();
+        bells.chain([self.segment, self.end_bell]).chain(self.item_timer.map(|(fd, _)| fd))
+    }
+
     /// What the variable is set to.
     pub fn to_text(&self) -> Result<String, serde_json::Error> {
         serde_json::to_string(self)

@@ -52,18 +52,22 @@
 //!
 //! - The process is killed when its supervisor dies, and does not attach to a server that is not its parent, so a variable
 //!   that was inherited by accident does no harm.
-//! - What it has inherited is not inherited by the programs that it starts.
+//! - What it has inherited is not inherited by the programs that it starts, from [`inherit`] on. [`Attached::from_env`] sees to
+//!   that, too; what runs code of others before that, as an import of modules may, says it first.
 //!
 //! SIGTERM and SIGINT are blocked at the start: they go to the whole process group, and only the supervisor may decide.
 
 use std::{
     cell::Cell,
-    env, fs, io,
+    collections::HashMap,
+    env, fs, io, mem,
     os::fd::{OwnedFd, RawFd},
     rc::Rc,
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::{Mutex, PoisonError},
     time::Duration,
 };
+
+use rustix::io::Errno;
 
 use crate::{
     config::Spin,
@@ -97,6 +101,35 @@ pub enum AttachError {
     Io(#[from] io::Error),
 }
 
+/// What the server has left open for this process.
+enum Heritage {
+    Untouched,
+    Taken(Box<Contract>, HashMap<RawFd, OwnedFd>),
+    /// It has attached by it.
+    Spent,
+}
+
+static HERITAGE: Mutex<Heritage> = Mutex::new(Heritage::Untouched);
+
+/// Takes what the server has left open for this process. Programs that it starts from now on do not inherit it: by the segment's
+/// descriptor they would keep the server's name for as long as they live.
+pub fn inherit() -> Result<(), AttachError> {
+    let mut heritage = HERITAGE.lock().unwrap_or_else(PoisonError::into_inner);
+    match *heritage {
+        Heritage::Untouched => {}
+        Heritage::Taken(..) => return Ok(()),
+        Heritage::Spent => return Err(AttachError::Twice),
+    }
+    let text = env::var(VARIABLE).map_err(|_| AttachError::NoServer)?;
+    let contract = Contract::from_text(&text)?;
+    if !process::die_with_supervisor(contract.supervisor)? {
+        return Err(AttachError::NotItsChild);
+    }
+    let fds = contract.fds().map(|fd| Ok((fd, process::inherited(fd)?))).collect::<io::Result<_>>()?;
+    *heritage = Heritage::Taken(Box::new(contract), fds);
+    Ok(())
+}
+
 /// A process that is a worker.
 pub struct Attached {
     worker: Worker<'static>,
@@ -112,23 +145,17 @@ pub struct Attached {
 impl Attached {
     /// Attaches to the server that started this process, once.
     pub fn from_env() -> Result<Self, AttachError> {
-        let text = env::var(VARIABLE).map_err(|_| AttachError::NoServer)?;
-        let contract = Contract::from_text(&text)?;
-        if !process::die_with_supervisor(contract.supervisor)? {
-            return Err(AttachError::NotItsChild);
-        }
-        static ATTACHED: AtomicBool = AtomicBool::new(false);
-        // Relaxed: it decides who goes on, and publishes nothing.
-        if ATTACHED.swap(true, Relaxed) {
-            return Err(AttachError::Twice);
-        }
+        inherit()?;
+        let heritage = mem::replace(&mut *HERITAGE.lock().unwrap_or_else(PoisonError::into_inner), Heritage::Spent);
+        let Heritage::Taken(contract, mut fds) = heritage else { return Err(AttachError::Twice) };
+        let mut take = |fd: RawFd| fds.remove(&fd).ok_or(io::Error::from(Errno::BADF));
         let name = format!("forkring-w{}", contract.worker);
         let _ = fs::write("/proc/self/comm", name);
 
-        let inherited = |fds: &[RawFd]| fds.iter().map(|fd| process::inherited(*fd)).collect::<io::Result<Vec<_>>>();
-        let object: OwnedFd = process::inherited(contract.segment)?;
-        let end = process::inherited(contract.end_bell)?;
-        let bells = Bells::of(inherited(&contract.front_bells)?, inherited(&contract.worker_bells)?, end);
+        let object = take(contract.segment)?;
+        let end = take(contract.end_bell)?;
+        let mut take_all = |fds: &[RawFd]| fds.iter().map(|fd| take(*fd)).collect::<io::Result<Vec<_>>>();
+        let bells = Bells::of(take_all(&contract.front_bells)?, take_all(&contract.worker_bells)?, end);
         let topology = Topology::new(contract.pools.iter().copied());
         // For as long as the process lives, and so does the lock that comes with the descriptor.
         let object = &*Box::leak(Box::new(object));
@@ -146,7 +173,7 @@ impl Attached {
         }
         let item_timer = contract
             .item_timer
-            .map(|(fd, limit)| Ok::<_, io::Error>(ItemTimer::of(process::inherited(fd)?, Duration::from_nanos(limit))));
+            .map(|(fd, limit)| Ok::<_, io::Error>(ItemTimer::of(take(fd)?, Duration::from_nanos(limit))));
         let timers = item_timer.transpose()?.map(Timers::new);
         if !contract.is_open {
             segment.pass_gate();

@@ -61,6 +61,7 @@ def descriptor_set() -> bytes:
 def late_views() -> int:
     """How many payloads of this worker were kept after their handlers had returned."""
 
+def inherit() -> None: ...
 def main(arguments: Sequence[str], python: str | PathLike[str]) -> int: ...
 def run(
     handler: Callable[[Item], Any], yields: bool, describe: Callable[[BaseException], tuple[int, str, str, str]]

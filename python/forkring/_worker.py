@@ -18,6 +18,7 @@ import sys
 from types import ModuleType
 from typing import Any, Callable
 
+from forkring import _core
 from forkring._errors import format_traceback
 from forkring._forms import BadForm, takes_a_batch, worker_of
 
@@ -134,6 +135,9 @@ def _ignore(*_: object) -> None:
 def main(arguments: list[str]) -> int:
     check = arguments[:1] == ["--check"]
     (spec,) = arguments[check:]
+    if not check:
+        # Before the module is imported, which may start programs: they would keep the server's name.
+        _core.inherit()
     try:
         make, work = handler_of(load(spec), spec)
         if check:

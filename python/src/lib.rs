@@ -30,7 +30,7 @@ mod _core {
         many::Worker,
         payload::{Payload, late_views},
         reply::Reply,
-        worker::run,
+        worker::{inherit, run},
     };
 
     /// Runs the command line; the first argument is the program's name. The result is the exit code.

@@ -1,6 +1,10 @@
 //! The worker that handles one item after the other: items for a handler in Python, its results and exceptions back.
 
-use forkring::{Code, Failure, Handler, dispatch, sdk::Attached, segment::Segment};
+use forkring::{
+    Code, Failure, Handler, dispatch,
+    sdk::{self, Attached},
+    segment::Segment,
+};
 use pyo3::{
     exceptions::PyRuntimeError,
     intern,
@@ -19,6 +23,12 @@ struct Function {
     yields: bool,
     segment: &'static Segment,
     pool: Py<PyString>,
+}
+
+/// Takes what the server has left open for this worker, so that no program that is started from now on inherits it.
+#[pyfunction]
+pub fn inherit() -> PyResult<()> {
+    sdk::inherit().map_err(|error| PyRuntimeError::new_err(error.to_string()))
 }
 
 /// Takes the worker's place in the server that started this process, and handles items by `handler(item)` until the server

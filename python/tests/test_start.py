@@ -139,6 +139,21 @@ def test_a_worker_is_not_started_by_hand(tmp_path):
     assert outcome.returncode == 1 and "FORKRING_WORKER is not set" in outcome.stderr
 
 
+def test_what_an_import_starts_has_nothing_of_the_server(tmp_path):
+    # A daemon that kept it would keep the server's name after its death.
+    (tmp_path / "app.py").write_text(
+        "import subprocess\n\n"
+        "listing = subprocess.run(['ls', '-l', '/proc/self/fd'], close_fds=False, capture_output=True, text=True)\n\n"
+        "def handle(item):\n    return listing.stdout.encode()\n"
+    )
+    name = f"start-{os.getpid()}"
+    arguments = ["serve", "app:handle", "--workers", "1", "--listen", "127.0.0.1:0", "--name", name]
+    with Started(FORKRING, *arguments, folder=tmp_path) as server:
+        open_files = server.call("handle", "")
+    assert "pipe:" in open_files, open_files
+    assert "anon_inode" not in open_files and "/dev/shm" not in open_files, open_files
+
+
 def test_ctrl_c_ends_a_command_that_waits(tmp_path):
     server = "echo=echo"
     name = f"start-{os.getpid()}"
