@@ -6,7 +6,8 @@
 
     $ forkring serve app:handle --workers 4
 
-`forkring.Client` and `forkring.aio.Client` talk to such a server. They need grpcio: `pip install 'forkring[client]'`.
+`forkring.Client` and `forkring.aio.Client` talk to such a server; `forkring.Work` is an item with more than a payload, and
+`forkring.Error` what they raise. They need grpcio and protobuf, which are the wheel's extra `client`.
 """
 
 from __future__ import annotations
@@ -26,12 +27,14 @@ __all__ = ["Abort", "Code", "Item", "Payload", "Reply", "batch", "concurrency", 
 if TYPE_CHECKING:
     from forkring import aio as aio
     from forkring.client import Client as Client
+    from forkring.client import Error as Error
+    from forkring.client import Work as Work
 else:
 
     def __getattr__(name: str) -> Any:
         # Handlers' processes never ask for them, and so load nothing of gRPC.
-        if name == "Client":
-            return importlib.import_module("forkring.client").Client
+        if name in ("Client", "Error", "Work"):
+            return getattr(importlib.import_module("forkring.client"), name)
         if name == "aio":
             return importlib.import_module("forkring.aio")
         raise AttributeError(f"module 'forkring' has no attribute {name!r}")

@@ -40,7 +40,7 @@ try:
 except ModuleNotFoundError:
     _missing = True
 if _missing:
-    raise ImportError("forkring's clients need grpcio and protobuf: pip install 'forkring[client]'")
+    raise ImportError("forkring's clients need grpcio and protobuf: pip install grpcio protobuf")
 
 _PACKAGE = "grpc"
 _EXTENSION = "grpc._cython.cygrpc"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -37,6 +38,7 @@ class Work:
     What is not given: `id` is the item's place among all, from 0; `pool` is the client's.
     """
 
+    __module__ = "forkring"
     __slots__ = ("id", "metadata", "payload", "pool", "priority", "timeout")
 
     def __init__(
@@ -69,7 +71,10 @@ class Timing(NamedTuple):
 
 
 class Error(Exception):
-    """Why an item, or a stream, failed. If gRPC raised it, its own error is the `__cause__`."""
+    """Why an item, or a stream, failed. If the server did not say so itself, gRPC's own error is the `__cause__`."""
+
+    # What a traceback calls it is what a program can write.
+    __module__ = "forkring"
 
     code: Code
     reason: str
@@ -89,6 +94,9 @@ class Error(Exception):
         self.message = message
         self.traceback = traceback
         self.retry_delay = retry_delay
+        if traceback:
+            # Shown below the message where nobody catches it.
+            self.add_note(traceback)
 
     def __str__(self) -> str:
         reason = f" ({self.reason})" if self.reason not in ("", self.code.name) else ""
@@ -97,6 +105,8 @@ class Error(Exception):
 
 class ForkError(Error):
     """A stream of another process was used."""
+
+    __module__ = "forkring.client"
 
     def __init__(self, pid: int) -> None:
         message = f"this stream belongs to process {pid}; open a new one after fork, this is process {os.getpid()}"
@@ -146,9 +156,16 @@ class Receipt(NamedTuple):
     """The first of the rejected, up to 32."""
 
 
+# HOST:PORT, or one of gRPC's own names. With no port, gRPC would dial 443.
+_TARGET = re.compile(r"(unix|unix-abstract|vsock):.+|((dns|ipv4|ipv6|xds):.+|\[[^\[\]]+\]|[^:/\[\]]+):[0-9]{1,5}")
+
+
 def target_of(target: str) -> str:
-    """The address as gRPC wants it; `http://` is what the command line says too."""
-    return target[len("http://") :].rstrip("/") if target.startswith("http://") else target
+    """The address as gRPC wants it; `http://` is what the command line says too. Raises ValueError if it is none."""
+    address = target[len("http://") :].rstrip("/") if target.startswith("http://") else target
+    if not _TARGET.fullmatch(address):
+        raise ValueError(f"`{target}` is not an address: give HOST:PORT or http://HOST:PORT")
+    return address
 
 
 def bytes_of(payload: Sendable) -> bytes:
@@ -211,7 +228,10 @@ def _error_of_status(status: Any) -> Error:
 
 
 def error_of(failed: Any) -> Error:
-    """The error of a `grpc.RpcError`, which becomes its cause."""
+    """The error of a `grpc.RpcError`, to be raised `from` its `__cause__`.
+
+    That is gRPC's own where it adds something. Of what the server said it would only bury the message.
+    """
     reason, traceback, delay = "", "", None
     for key, value in failed.trailing_metadata() or ():
         if key == "grpc-status-details-bin":
@@ -225,7 +245,7 @@ def error_of(failed: Any) -> Error:
                 elif kind == "google.rpc.DebugInfo":
                     traceback = "\n".join(_messages.DebugInfo.FromString(detail.value).stack_entries)
     error = Error(Code[failed.code().name], reason, failed.details() or "", traceback=traceback, retry_delay=delay)
-    error.__cause__ = failed
+    error.__cause__ = None if reason else failed
     return error
 
 

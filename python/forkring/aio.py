@@ -55,7 +55,7 @@ class Client:
     def __init__(
         self, target: str, *, pool: str = "", retries: int = 10, idempotent: bool = False, options: Options = ()
     ) -> None:
-        self._target = target
+        self._target = target_of(target)
         self._pool = pool
         self._retries = retries
         self._idempotent = idempotent
@@ -97,7 +97,8 @@ class Client:
         try:
             receipt = receipt_of(await _grpc.own(stubs.submit(feed.messages(), timeout=timeout)))
         except grpc.RpcError as failed:
-            raise error_of(failed) from failed
+            error = error_of(failed)
+            raise error from error.__cause__
         feed.check()
         return receipt
 
@@ -145,7 +146,7 @@ class Client:
             for ended in [one for one in self._made if one.is_closed()]:
                 del self._made[ended]
             grpc = _grpc.load()
-            channel = _grpc.own(grpc.aio.insecure_channel(target_of(self._target), [*DEFAULTS, *self._options]))
+            channel = _grpc.own(grpc.aio.insecure_channel(self._target, [*DEFAULTS, *self._options]))
             made = self._made[loop] = (grpc, _messages.Stubs(channel))
         return made
 
@@ -166,7 +167,8 @@ class Results(AsyncIterator[Result]):
         try:
             message = await self._call.read()
         except self._grpc.RpcError as failed:
-            raise error_of(failed) from failed
+            error = error_of(failed)
+            raise error from error.__cause__
         if message is self._grpc.aio.EOF:
             if self._feed is not None:
                 self._feed.check()

@@ -66,7 +66,7 @@ class Client:
     def __init__(
         self, target: str, *, pool: str = "", retries: int = 10, idempotent: bool = False, options: Options = ()
     ) -> None:
-        self._target = target
+        self._target = target_of(target)
         self._pool = pool
         self._retries = retries
         self._idempotent = idempotent
@@ -119,7 +119,8 @@ class Client:
         try:
             receipt = receipt_of(stubs.submit(feed, timeout=timeout))
         except grpc.RpcError as failed:
-            raise error_of(failed) from failed
+            error = error_of(failed)
+            raise error from error.__cause__
         feed.check()
         return receipt
 
@@ -165,7 +166,7 @@ class Client:
                     if self._closed:
                         raise RuntimeError("this client is closed: make a new one")
                     grpc = _grpc.load()
-                    channel = _grpc.own(grpc.insecure_channel(target_of(self._target), [*DEFAULTS, *self._options]))
+                    channel = _grpc.own(grpc.insecure_channel(self._target, [*DEFAULTS, *self._options]))
                     made = self._made = (_grpc.generation(), grpc, _messages.Stubs(channel))
         return made[1], made[2]
 
@@ -193,7 +194,8 @@ class Results(Iterator[Result]):
                 self._feed.check()
             raise
         except _grpc.load().RpcError as failed:
-            raise error_of(failed) from failed
+            error = error_of(failed)
+            raise error from error.__cause__
 
     def close(self) -> None:
         """Cancels the stream, and what of its items is not done. In another process it does nothing."""

@@ -127,6 +127,23 @@ def test_http_is_a_way_to_write_an_address(make, server):
         assert client.call(b"x").payload == b"x"
 
 
+def test_what_is_no_address_is_refused(make):
+    for target in ["127.0.0.1", "localhost", "http://localhost/", ":50051", "::1", "h:x", "https://h:1", "h:123456", ""]:
+        with pytest.raises(ValueError, match="is not an address: give HOST:PORT"):
+            make(target)
+    for target in ["h:1", "[::1]:1", "http://[::1]:1/", "dns:///h:1", "ipv4:127.0.0.1:1", "unix:/tmp/s"]:
+        make(target)
+
+
+def test_a_server_that_is_not_there_has_grpcs_own_error_as_its_cause(make):
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        with make(f"127.0.0.1:{nobody.getsockname()[1]}", retries=0) as client:
+            error = error_of(lambda: client.call(b""))
+    assert error.code is Code.UNAVAILABLE and not error.reason
+    assert type(error.__cause__).__name__ in ("_InactiveRpcError", "AioRpcError")
+
+
 @pytest.mark.parametrize(
     ("pool", "named", "code", "reason", "says"),
     [
@@ -141,7 +158,7 @@ def test_errors_have_a_code_a_reason_and_a_message(client, pool, named, code, re
     assert (error.code, error.reason, error.retry_delay) == (code, reason, None)
     assert says in error.message
     assert str(error) == f"{code.name} ({reason}): {error.message}"
-    assert type(error.__cause__).__name__ in ("_InactiveRpcError", "AioRpcError"), "gRPC's own error"
+    assert error.__cause__ is None, "what the server says is not buried below gRPC's own error"
 
 
 def test_a_timeout_frees_the_worker(client, gate):
@@ -486,7 +503,7 @@ def test_a_client_without_grpc_says_what_to_do(missing, use):
         exec(sys.argv[2])
     """
     said = python(program, missing, use).stderr.splitlines()
-    assert said[-1] == "ImportError: forkring's clients need grpcio and protobuf: pip install 'forkring[client]'"
+    assert said[-1] == "ImportError: forkring's clients need grpcio and protobuf: pip install grpcio protobuf"
     assert not [line for line in said if "During handling" in line]
 
 
