@@ -79,7 +79,7 @@ fn a_message_may_be_as_large_as_the_server_says_and_not_a_byte_more() {
         assert_eq!(first.id, 1);
         assert_refused(refusal(soon("the end", results.message()).await), wanted, says);
         let refused = refusal(soon("an answer", client.submit(tokio_stream::iter(items))).await);
-        assert_refused(refused, wanted, "(1 items were accepted before)");
+        assert_refused(refused, wanted, "(items accepted before: 1)");
         assert_whole(server).await;
     });
 }
@@ -237,7 +237,7 @@ fn what_came_before_a_bad_message_is_not_touched_by_it() {
         let results = answer.messages.iter().map(|message| WorkResult::decode(message.clone()).expect("a result"));
         assert!(results.map(|result| (result.id, result.payload.len())).eq([(1, 2000); 2]));
         let refused = raw.ask("Submit", &[], body).await.refusal();
-        assert_refused(refused, (Code::Internal, "MALFORMED_MESSAGE"), "(2 items were accepted before)");
+        assert_refused(refused, (Code::Internal, "MALFORMED_MESSAGE"), "(items accepted before: 2)");
         let mut updates = server.client().await.updates("s", 2).await.expect("a stream");
         for _ in 0..2 {
             let result = soon("an update", updates.message()).await.expect("a stream").expect("an update");

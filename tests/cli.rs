@@ -123,6 +123,49 @@ fn what_is_submitted_is_printed_by_updates() {
 }
 
 #[test]
+fn a_file_that_is_too_large_is_named_and_keeps_no_other_back() {
+    run(async {
+        let files = Files::new();
+        let server = Server::serve(&["--pool", "hash=sha256", "--max-message", "128KiB"]).await;
+        for (name, size) in [("a", 1), ("b", 200_000), ("c", 100_000), ("d", 2), ("e", 3)] {
+            fs::write(files.path(name), vec![b'x'; size]).expect("a file");
+        }
+        let names = ["a", "b", "c", "d", "e"].map(|name| files.name(name));
+        let args = ["submit", "hash", &names[0], &names[1], &names[2], &names[3], &names[4], "--json"];
+        let outcome = program::run(&[&args[..], &["--addr", &server.addr]].concat(), b"").await;
+        assert_eq!(outcome.code, Some(1), "{}", outcome.stderr);
+        let receipt = &outcome.json()[0];
+        assert_eq!((receipt["accepted"].as_u64(), receipt["rejected"].as_u64()), (Some(4), Some(1)), "{receipt}");
+        let rejection = &receipt["rejections"][0];
+        assert_eq!((rejection["id"].as_u64(), rejection["file"].as_str()), (Some(2), Some(&*names[1])));
+        assert_eq!(rejection["error"]["reason"], "MESSAGE_TOO_LARGE");
+        let said: Vec<_> = outcome.stderr.lines().collect();
+        assert!(said[0].starts_with(&format!("forkring: item 2 ({}): RESOURCE_EXHAUSTED", names[1])), "{said:?}");
+        assert_eq!(said[1], "forkring: rejected: 1 of 5 items");
+        let updates = program::run(&["updates", "--limit", "4", "--addr", &server.addr], b"").await;
+        updates.assert_succeeded();
+        server.drain().await;
+    });
+}
+
+#[test]
+fn of_a_failed_item_the_unknown_is_null() {
+    run(async {
+        let server = Server::serve(&["--pool", "fail=exec:false"]).await;
+        let called = program::run(&["call", "fail", "--json", "--addr", &server.addr], b"").await;
+        program::run(&["submit", "fail", "--addr", &server.addr], b"").await.assert_succeeded();
+        let updates = program::run(&["updates", "--limit", "1", "--json", "--addr", &server.addr], b"").await;
+        let (called, pushed) = (&called.json()[0], &updates.json()[0]);
+        for field in ["payload", "payload_hex"] {
+            assert!(called[field].is_null() && pushed[field].is_null(), "{called} {pushed}");
+        }
+        assert!(called["attempts"].is_null() && called["worker"].is_null(), "a call does not tell: {called}");
+        assert_eq!((pushed["attempts"].as_u64(), pushed["worker"].as_u64()), (Some(1), Some(0)));
+        server.drain().await;
+    });
+}
+
+#[test]
 fn updates_end_with_the_server_and_say_if_that_was_too_soon() {
     run(async {
         let server = Server::serve(&["--pool", "echo=echo"]).await;

@@ -85,7 +85,7 @@ fn streams_finish_what_was_accepted_and_then_say_why_they_end() {
         server.signal(Signal::SIGTERM);
         server.logged("draining").await;
         let refused = refusal(soon("the receipt", submitting).await.expect("a task"));
-        assert_refused(refused, (Code::Unavailable, "DRAINING"), "(2 items were accepted before)");
+        assert_refused(refused, (Code::Unavailable, "DRAINING"), "(items accepted before: 2)");
         files.make("go");
         let result = soon("a result", results.message()).await.expect("a stream").expect("a result");
         assert_eq!(result.id, 1);
@@ -123,7 +123,7 @@ fn a_submission_that_waited_for_room_says_how_much_of_it_was_accepted() {
         raw.settled().await;
         server.signal(Signal::SIGTERM);
         let refused = submitting.answer().await.refusal();
-        assert_refused(refused, (Code::Unavailable, "DRAINING"), "(3 items were accepted before)");
+        assert_refused(refused, (Code::Unavailable, "DRAINING"), "(items accepted before: 3)");
         files.make("go");
         soon("an answer", held).await.expect("a task").expect("a result");
         for id in 1..=3 {

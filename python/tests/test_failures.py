@@ -1,11 +1,19 @@
 """Handlers that fail: what the client is told, and that nobody else notices."""
 
+import json
+import pickle
+import sys
+import textwrap
+
 import grpc
 import harness
 import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from harness import error_of
+from serving import FORKRING, run
+
+import forkring
 
 
 @pytest.fixture
@@ -39,6 +47,59 @@ def test_an_exception_is_its_items_error(ways):
         # The user's frames are there and ours are not.
         assert "failing.py" in traceback and "/forkring/_" not in traceback, traceback
     assert ways.call("ways", b"fine") == before, "the same process"
+
+
+def test_the_traceback_is_shown_wherever_an_item_fails(ways, tmp_path):
+    (tmp_path / "value").write_text("value")
+    addr = ["--addr", ways.address]
+    code = 'raise ValueError("that is no number")'
+
+    called = run(FORKRING, "call", "ways", "value", *addr, folder=tmp_path)
+    said = called.stderr.splitlines()
+    assert (called.returncode, said[0], said[-2]) == (
+        1,
+        "Traceback (most recent call last):",
+        "ValueError: that is no number",
+    )
+    assert code in called.stderr
+    assert said[-1] == "forkring: value: INTERNAL (HANDLER_RAISED): ValueError: that is no number"
+    called = run(FORKRING, "call", "ways", "value", "--json", *addr, folder=tmp_path)
+    assert len(called.stderr.splitlines()) == 1
+    assert code in json.loads(called.stdout)["error"]["traceback"]
+
+    run(FORKRING, "submit", "ways", "value", "value", *addr, folder=tmp_path)
+    updates = run(FORKRING, "updates", "--limit", "1", *addr, folder=tmp_path)
+    assert len(updates.stdout.splitlines()) == 1 and code in updates.stderr
+    updates = run(FORKRING, "updates", "--limit", "1", "--json", *addr, folder=tmp_path)
+    assert code in json.loads(updates.stdout)["error"]["traceback"] and updates.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "client.call(b'value')",
+        "raise next(client.process([b'value'])).error",
+    ],
+)
+def test_an_error_that_nobody_catches_shows_where_it_was(ways, tmp_path, use):
+    program = f"""
+        import forkring
+        with forkring.Client({ways.address!r}) as client:
+            {use}
+    """
+    said = run(sys.executable, "-c", textwrap.dedent(program), folder=tmp_path).stderr
+    ours, _, theirs = said.partition("forkring.Error: INTERNAL (HANDLER_RAISED): ValueError: that is no number\n")
+    assert 'raise ValueError("that is no number")' in theirs and theirs.endswith("ValueError: that is no number\n"), said
+    assert "RpcError" not in said and said.count("Traceback") == 2, said
+
+
+def test_errors_and_works_are_where_they_say(ways):
+    with forkring.Client(ways.address) as client:
+        (result,) = client.process([forkring.Work(b"value", id=7)])
+    error = pickle.loads(pickle.dumps(result.error))
+    assert isinstance(error, forkring.Error) and str(error) == str(result.error)
+    assert (error.traceback, error.__notes__) == (result.error.traceback, [result.error.traceback])
+    assert pickle.loads(pickle.dumps(forkring.Work(b"x", id=7))).id == 7
 
 
 def test_what_cannot_be_told_is_an_error_all_the_same(ways):

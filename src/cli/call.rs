@@ -12,7 +12,7 @@ use super::{
     Addr,
     input::{self, ItemArgs},
     print, print_json, say,
-    show::{ResultLine, hex, printable},
+    show::{ResultLine, hex, printable, say_traceback},
 };
 use crate::{
     client::Client,
@@ -32,6 +32,7 @@ Examples:
   forkring call hash big --timeout 500ms --priority 3 --metadata tenant=a
 
 Results are written as they are, one after the other; on a terminal one that is not text is shown in hexadecimal.
+Why an item failed is said on stderr, after its traceback if it has one; with --json the line has both.
 Exit code 1 when any item failed.")]
 pub struct CallArgs {
     #[command(flatten)]
@@ -56,30 +57,41 @@ pub fn run(args: CallArgs) -> anyhow::Result<()> {
         }
         match (failures.len(), args.items.files.len()) {
             (0, _) => Ok(()),
-            (_, 1) => Err(failures.remove(0)),
+            (_, 1) => {
+                let (error, traceback) = failures.remove(0);
+                say_traceback(&traceback);
+                Err(error)
+            }
             (failed, all) => {
-                failures.iter().for_each(|error| say(format_args!("{error:#}")));
+                for (error, traceback) in &failures {
+                    say_traceback(traceback);
+                    say(format_args!("{error:#}"));
+                }
                 bail!("{failed} of {all} items failed")
             }
         }
     })
 }
 
+/// Why an item failed, and where in the handler if that is to be shown.
+type ItemFailure = (anyhow::Error, String);
+
 /// Calls with one file. The inner error is the item's, the outer one ends the command.
-async fn call_with(args: &CallArgs, client: &Client, id: u64, file: &Path) -> anyhow::Result<anyhow::Result<()>> {
+async fn call_with(args: &CallArgs, client: &Client, id: u64, file: &Path) -> anyhow::Result<Result<(), ItemFailure>> {
     let name = input::name(file);
     let payload = match input::read(file) {
         Ok(payload) => payload,
-        Err(error) => return Ok(Err(error)),
+        Err(error) => return Ok(Err((error, String::new()))),
     };
     match call(client, args.items.item(id, payload), args.items.timeout).await {
         Ok(result) if args.json => print_json(&ResultLine::of(&result, Some(&name)))?,
         Ok(result) => print_payload(&result.payload)?,
-        Err(status) => {
+        Err(mut status) => {
             if args.json {
                 print_json(&ResultLine::failed(id, &status, Some(&name)))?;
+                status.traceback.clear();
             }
-            return Ok(Err(anyhow!("{name}: {status}")));
+            return Ok(Err((anyhow!("{name}: {status}"), status.traceback)));
         }
     }
     Ok(Ok(()))

@@ -1,6 +1,9 @@
 //! Results and measurements, for people and for programs.
 
-use std::fmt::Write as _;
+use std::{
+    fmt::Write as _,
+    io::{self, Write as _},
+};
 
 use serde::Serialize;
 
@@ -9,7 +12,8 @@ use crate::proto::v1::{Rejection, Status, Timing, WorkResult};
 /// How much of a payload a line for people shows.
 const SHOWN: usize = 1000;
 
-/// A result as a line of JSON.
+/// A result as a line of JSON. What is not known is null: a failed item has no payload, and of one that failed in a call
+/// the server does not say who worked on it.
 #[derive(Debug, Serialize)]
 pub struct ResultLine<'a> {
     id: u64,
@@ -18,9 +22,9 @@ pub struct ResultLine<'a> {
     ok: bool,
     /// Only when it is text.
     payload: Option<&'a str>,
-    payload_hex: String,
+    payload_hex: Option<String>,
     error: Option<StatusLine<'a>>,
-    attempts: u32,
+    attempts: Option<u32>,
     worker: Option<u32>,
     timing: Option<TimingLine>,
 }
@@ -31,6 +35,8 @@ pub struct StatusLine<'a> {
     code: &'static str,
     reason: &'a str,
     message: &'a str,
+    #[serde(skip_serializing_if = "str::is_empty")]
+    traceback: &'a str,
 }
 
 #[derive(Debug, Serialize)]
@@ -44,15 +50,17 @@ impl<'a> ResultLine<'a> {
     /// Of a result that came.
     pub fn of(result: &'a WorkResult, file: Option<&'a str>) -> Self {
         let error = result.status.as_ref().filter(|status| status.code != 0).map(StatusLine::of);
+        let payload = error.is_none().then_some(&result.payload);
         Self {
             id: result.id,
             file,
             ok: error.is_none(),
-            payload: std::str::from_utf8(&result.payload).ok(),
-            payload_hex: hex(&result.payload),
+            payload: payload.and_then(|payload| std::str::from_utf8(payload).ok()),
+            payload_hex: payload.map(|payload| hex(payload)),
             error,
-            attempts: result.attempts,
-            worker: Some(result.worker),
+            attempts: Some(result.attempts),
+            // Of an item that no worker took, 0 would be the first one.
+            worker: (result.attempts > 0).then_some(result.worker),
             timing: result.timing.as_ref().map(|timing: &Timing| TimingLine {
                 queued_ns: timing.queued_ns,
                 worked_ns: timing.worked_ns,
@@ -68,9 +76,9 @@ impl<'a> ResultLine<'a> {
             file,
             ok: false,
             payload: None,
-            payload_hex: String::new(),
+            payload_hex: None,
             error: Some(StatusLine::of(status)),
-            attempts: 0,
+            attempts: None,
             worker: None,
             timing: None,
         }
@@ -79,7 +87,18 @@ impl<'a> ResultLine<'a> {
 
 impl<'a> StatusLine<'a> {
     fn of(status: &'a Status) -> Self {
-        Self { code: status.code_name(), reason: &status.reason, message: &status.message }
+        let Status { reason, message, traceback, .. } = status;
+        Self { code: status.code_name(), reason, message, traceback }
+    }
+}
+
+/// Shows on stderr where in the handler an item failed, if that is known.
+pub fn say_traceback(traceback: &str) {
+    if !traceback.is_empty() {
+        let shown = |c: char| if c.is_control() && !matches!(c, '\n' | '\t') { '\u{fffd}' } else { c };
+        let text: String = traceback.chars().map(shown).collect();
+        // With no stderr there is nobody to tell.
+        let _ = writeln!(io::stderr(), "{text}");
     }
 }
 
@@ -87,13 +106,15 @@ impl<'a> StatusLine<'a> {
 #[derive(Debug, Serialize)]
 pub struct RejectionLine<'a> {
     id: u64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    file: Option<&'a str>,
     error: Option<StatusLine<'a>>,
 }
 
 impl<'a> RejectionLine<'a> {
     /// Of a receipt's rejection.
-    pub fn of(rejection: &'a Rejection) -> Self {
-        Self { id: rejection.id, error: rejection.status.as_ref().map(StatusLine::of) }
+    pub fn of(rejection: &'a Rejection, file: Option<&'a str>) -> Self {
+        Self { id: rejection.id, file, error: rejection.status.as_ref().map(StatusLine::of) }
     }
 }
 
@@ -185,10 +206,19 @@ mod tests {
 
         let status =
             Status { code: 13, message: "it broke".into(), reason: "HANDLER_FAILED".into(), ..Default::default() };
-        let failed = WorkResult { payload: vec![255].into(), status: Some(status.clone()), ..Default::default() };
-        for line in [json(&ResultLine::of(&failed, Some("f"))), json(&ResultLine::failed(1, &status, Some("f")))] {
-            assert_eq!((line["ok"].as_bool(), line["payload"].is_null()), (Some(false), true));
+        assert!(json(&ResultLine::failed(1, &status, None))["error"].get("traceback").is_none());
+        let status = Status { traceback: "line 7".into(), ..status };
+        let failed = WorkResult { id: 1, status: Some(status.clone()), ..Default::default() };
+        let pushed = json(&ResultLine::of(&failed, Some("f")));
+        assert_eq!((pushed["attempts"].as_u64(), pushed["worker"].is_null()), (Some(0), true), "no worker took it");
+        let called = json(&ResultLine::failed(1, &status, Some("f")));
+        assert_eq!((called["attempts"].is_null(), called["worker"].is_null()), (true, true), "it is not known");
+        for line in [pushed, called] {
+            let fields = [&line["payload"], &line["payload_hex"], &line["timing"]];
+            assert!(fields.iter().all(|field| field.is_null()), "{line}");
+            assert_eq!(line["ok"], false);
             assert_eq!(line["error"]["code"], "INTERNAL");
+            assert_eq!(line["error"]["traceback"], "line 7");
             assert_eq!(line["error"]["reason"], "HANDLER_FAILED");
             assert_eq!(line["file"], "f");
         }

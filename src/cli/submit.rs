@@ -1,8 +1,9 @@
 //! `forkring submit`: a stream of items in, a receipt out.
 
-use std::{path::PathBuf, sync::Arc, thread};
+use std::{future, path::PathBuf, sync::Arc, thread};
 
-use anyhow::bail;
+use anyhow::{anyhow, bail};
+use prost::Message as _;
 use serde::Serialize;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -13,10 +14,16 @@ use super::{
     print, print_json, say,
     show::RejectionLine,
 };
-use crate::proto::v1::{Status, SubmitReceipt, WorkItem};
+use crate::{
+    client::Client,
+    proto::v1::{Rejection, Status, SubmitReceipt, WorkItem},
+};
 
 /// Items that are read ahead of the stream.
 const READ_AHEAD: usize = 4;
+/// The server ends a stream at an item that is too large for it, and does not say which that was. So one with this many
+/// bytes has a stream to itself, beside which the round trip is little.
+const LARGE: usize = 64 << 10;
 
 /// Submit items to a pool and print the receipt; `forkring updates` shows the results
 #[derive(Debug, clap::Args)]
@@ -26,7 +33,8 @@ Examples:
   seq 1000 | forkring submit hash --lines --first-id 100
   forkring updates --subscription mine
 
-Items are numbered from --first-id in the order given. Exit code 1 when any was rejected or could not be read.")]
+Items are numbered from --first-id in the order given; those that are too large for the server count as rejected.
+Exit code 1 when any was rejected or could not be read.")]
 pub struct SubmitArgs {
     #[command(flatten)]
     items: ItemArgs,
@@ -58,66 +66,128 @@ struct Receipt<'a> {
     rejections: Vec<RejectionLine<'a>>,
 }
 
-/// Submits everything on one stream.
+/// Submits everything, in order.
 pub fn run(args: SubmitArgs) -> anyhow::Result<()> {
     let args = Arc::new(args);
-    let (receipt, unread) = args.addr.run(async |client| {
+    let (receipt, sources) = args.addr.run(async |client| {
         // Reading blocks (stdin may be a pipe that is slow), hence a thread; the channel bounds what it reads ahead.
-        let (items, stream) = mpsc::channel(READ_AHEAD);
+        let (sender, mut items) = mpsc::channel(READ_AHEAD);
         let reader = thread::spawn({
             let args = Arc::clone(&args);
-            move || read(&args, &items)
+            move || read(&args, &sender)
         });
-        let receipt = client.submit(ReceiverStream::new(stream)).await;
-        let receipt = receipt.map_err(|status| anyhow::anyhow!("{}", Status::from(&status)))?;
-        // A receipt means that the stream has ended, and so has the reader.
-        let unread = reader.join().map_err(|_| anyhow::anyhow!("reading the items failed"))?;
-        Ok((receipt, unread))
+        let receipt = submit(&client, &mut items).await?;
+        // All items were received, so the reader is done.
+        let sources = reader.join().map_err(|_| anyhow!("reading the items failed"))?;
+        Ok((receipt, sources))
     })?;
-    print_receipt(&receipt, args.json)?;
+    let name_of = |id: u64| Some(sources.files.get(usize::try_from(id.wrapping_sub(args.first_id)).ok()?)?.as_str());
+    print_receipt(&receipt, name_of, args.json)?;
     if receipt.rejected > 0 {
-        bail!("{} of {} items were rejected", receipt.rejected, receipt.accepted + receipt.rejected);
+        bail!("rejected: {} of {} items", receipt.rejected, receipt.accepted + receipt.rejected);
     }
-    if unread > 0 {
-        bail!("{unread} of {} files were not submitted", args.items.files.len());
+    if sources.unread > 0 {
+        bail!("not submitted: {} of {} files", sources.unread, args.items.files.len());
     }
     Ok(())
 }
 
-/// Sends all items; returns how many inputs could not be read.
-fn read(args: &SubmitArgs, items: &mpsc::Sender<WorkItem>) -> usize {
+/// Submits all items that come, on as many streams as it takes; one receipt for all. A stream that breaks ends it.
+async fn submit(client: &Client, items: &mut mpsc::Receiver<WorkItem>) -> anyhow::Result<SubmitReceipt> {
+    let mut total = SubmitReceipt::default();
+    let mut next = items.recv().await;
+    while let Some(first) = next.take() {
+        let id = first.id;
+        let is_alone = first.encoded_len() >= LARGE;
+        let (sender, stream) = mpsc::channel(READ_AHEAD);
+        let feed = async {
+            let mut item = first;
+            // Nobody receives any more when the server has refused the stream.
+            while sender.send(item).await.is_ok() && !is_alone {
+                match items.recv().await {
+                    Some(small) if small.encoded_len() < LARGE => item = small,
+                    other => {
+                        next = other;
+                        break;
+                    }
+                }
+            }
+            drop(sender);
+            future::pending().await
+        };
+        let submitted = tokio::select! {
+            submitted = client.submit(ReceiverStream::new(stream)) => submitted,
+            never = feed => never,
+        };
+        match submitted.map_err(|status| Status::from(&status)) {
+            Ok(receipt) => {
+                total.accepted += receipt.accepted;
+                total.rejected += receipt.rejected;
+                total.rejections.extend(receipt.rejections);
+            }
+            Err(status) if is_alone && status.reason == "MESSAGE_TOO_LARGE" => {
+                total.rejected += 1;
+                total.rejections.push(Rejection { id, status: Some(status) });
+            }
+            Err(status) if total.accepted > 0 => bail!("{status}; accepted on earlier streams: {}", total.accepted),
+            Err(status) => bail!("{status}"),
+        }
+        if is_alone {
+            next = items.recv().await;
+        }
+    }
+    Ok(total)
+}
+
+/// Where the items were from.
+#[derive(Default)]
+struct Sources {
+    /// What the items' files are called, one for each, in order. Lines have none.
+    files: Vec<String>,
+    /// How many inputs could not be read.
+    unread: usize,
+}
+
+/// Sends all items.
+fn read(args: &SubmitArgs, items: &mpsc::Sender<WorkItem>) -> Sources {
     let mut id = args.first_id;
     let mut send = |payload| {
         let item = args.items.item(id, payload).with_subscription(args.subscription.as_str());
         id = id.wrapping_add(1);
-        // Nobody receives any more when the server has refused the stream.
+        // Nobody receives any more when a stream has broken.
         items.blocking_send(item).is_ok()
     };
+    let mut sources = Sources::default();
     let mut read_one = |file: &PathBuf| -> anyhow::Result<()> {
         if args.lines {
             return input::read_lines(file, &mut send);
         }
         send(input::read(file)?);
+        sources.files.push(input::name(file));
         Ok(())
     };
-    let failed = |file: &&PathBuf| match read_one(file) {
-        Ok(()) => false,
-        Err(error) => {
+    for file in &args.items.files {
+        if let Err(error) = read_one(file) {
             say(format_args!("{error:#}"));
-            true
+            sources.unread += 1;
         }
-    };
-    args.items.files.iter().filter(failed).count()
+    }
+    sources
 }
 
-fn print_receipt(receipt: &SubmitReceipt, json: bool) -> anyhow::Result<()> {
-    for rejection in &receipt.rejections {
-        let status = rejection.status.clone().unwrap_or_default();
-        say(format_args!("item {}: {status}", rejection.id));
+fn print_receipt<'a>(
+    receipt: &'a SubmitReceipt,
+    name_of: impl Fn(u64) -> Option<&'a str>,
+    json: bool,
+) -> anyhow::Result<()> {
+    for Rejection { id, status } in &receipt.rejections {
+        let status = status.clone().unwrap_or_default();
+        let name = name_of(*id).map(|name| format!(" ({name})")).unwrap_or_default();
+        say(format_args!("item {id}{name}: {status}"));
     }
     let SubmitReceipt { accepted, rejected, rejections } = receipt;
     if json {
-        let rejections = rejections.iter().map(RejectionLine::of).collect();
+        let rejections = rejections.iter().map(|one| RejectionLine::of(one, name_of(one.id))).collect();
         return print_json(&Receipt { accepted: *accepted, rejected: *rejected, rejections });
     }
     print(format!("accepted {accepted}, rejected {rejected}\n"))

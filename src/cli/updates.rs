@@ -8,7 +8,7 @@ use tokio::sync::oneshot;
 
 use super::{
     Addr, StdoutClosed, print, print_json,
-    show::{ResultLine, on_one_line},
+    show::{ResultLine, on_one_line, say_traceback},
 };
 use crate::{
     client::Client,
@@ -23,7 +23,7 @@ Examples:
   forkring updates --subscription mine --limit 10 --json
 
 Results that were done before wait for you. Two readers of one subscription share its results.
-A failed item is a line like any other; exit code 1 when the stream breaks, or ends before --limit results.")]
+A failed item is a line like any other, its traceback follows on stderr; exit code 1 when the stream breaks, or ends before --limit results.")]
 pub struct UpdatesArgs {
     #[command(flatten)]
     addr: Addr,
@@ -61,7 +61,9 @@ async fn print_results(args: &UpdatesArgs, client: &Client) -> anyhow::Result<()
         if args.json {
             print_json(&ResultLine::of(&result, None))?;
         } else {
+            let traceback = result.status.as_ref().map(|status| status.traceback.clone()).unwrap_or_default();
             print(format!("{}\n", line(result)))?;
+            say_traceback(&traceback);
         }
     }
     if count < args.limit {

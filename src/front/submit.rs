@@ -62,7 +62,9 @@ pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
             Ok(false) => tokio::task::yield_now().await,
             Err(mut refusal) => {
                 input.close();
-                refusal.message = format!("{} ({} items were accepted before)", refusal.message, receipt.accepted);
+                if receipt.accepted > 0 {
+                    refusal.message += &format!(" (items accepted before: {})", receipt.accepted);
+                }
                 return Err(refusal.status());
             }
         }

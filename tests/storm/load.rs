@@ -179,9 +179,9 @@ async fn submit(storm: Rc<Storm>, subscription: &str, mut chance: Chance) {
     }
 }
 
-/// What a refusal in the middle of a stream says of those before it: `… (7 items were accepted before)`.
+/// What a refusal in the middle of a stream says of those before it: `… (items accepted before: 7)`.
 fn accepted_before(status: &Status) -> usize {
-    let number = || status.message().strip_suffix(" items were accepted before)")?.rsplit_once('(')?.1.parse().ok();
+    let number = || status.message().strip_suffix(')')?.rsplit_once("(items accepted before: ")?.1.parse().ok();
     number().unwrap_or(0)
 }
 
