@@ -20,12 +20,11 @@ use std::{
     thread,
 };
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use nix::sys::signal::{SigSet, Signal};
-use tokio::sync::{mpsc, oneshot};
+use tokio::sync::mpsc;
 
-use super::{BadUsage, block_on, print, print_json, say};
+use super::{BadUsage, block_on, interrupt::on_interrupt, print, print_json, say};
 use crate::config::{ByteSize, Config};
 use files::Files;
 use report::Report;
@@ -153,23 +152,6 @@ fn default_dir() -> Option<PathBuf> {
     ];
     let has_files = |dir: &PathBuf| Files::under(dir).is_ok_and(|mut files| files.next().is_some());
     candidates.into_iter().flatten().find(has_files)
-}
-
-/// Tells of Ctrl-C and SIGTERM, so that the child is ended in order.
-fn on_interrupt() -> anyhow::Result<oneshot::Receiver<Signal>> {
-    let mut signals = SigSet::empty();
-    signals.add(Signal::SIGINT);
-    signals.add(Signal::SIGTERM);
-    // Blocked here, and so in every thread that follows: they wait for whoever asks.
-    signals.thread_block().context("cannot block signals")?;
-    let (told, interrupted) = oneshot::channel();
-    thread::spawn(move || {
-        if let Ok(signal) = signals.wait() {
-            // The run may be over.
-            let _ = told.send(signal);
-        }
-    });
-    Ok(interrupted)
 }
 
 /// Shown on a terminal only. The total becomes known while the files are already on their way.

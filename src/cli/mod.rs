@@ -9,6 +9,7 @@ mod dead;
 mod demo;
 mod doctor;
 mod input;
+mod interrupt;
 mod limits;
 mod serve;
 mod show;

@@ -89,6 +89,12 @@ impl Load {
         self.state().tally.report(&self.pace, cpu)
     }
 
+    /// Ends the run here and now.
+    pub fn interrupt(&self) {
+        self.state().tally.interrupt(Instant::now());
+        self.pace.end();
+    }
+
     /// Drives one connection, and its successors, until the run is over.
     pub async fn drive(self: Arc<Self>, owner: usize, connection: Connection) {
         let mut connection = Some(connection);
@@ -322,7 +328,7 @@ impl Load {
             state.outstanding.iter().filter(|(_, item)| item.owner == owner).map(|(id, _)| *id).collect()
         };
         if ids.is_empty() {
-            self.state().tally.error(status);
+            self.state().tally.connection_failed(status);
         }
         for id in ids {
             self.fail(id, status);

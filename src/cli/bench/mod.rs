@@ -28,11 +28,13 @@ use flow::Load;
 use pace::{Pace, Pacer};
 use tally::{CpuClock, Report, Tally};
 
-use super::{Addr, BadUsage, print, print_json};
+use super::{Addr, BadUsage, interrupt::on_interrupt, print, print_json};
 use crate::config::{ByteSize, parse_duration};
 
 /// How long a run takes when neither `--duration` nor `--count` says.
 const DEFAULT_DURATION: Duration = Duration::from_secs(10);
+/// How long the answers that are still out may take after Ctrl-C.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
 /// How many items may be outstanding on a connection in an open loop when `--in-flight` does not say.
 const OPEN_LOOP_IN_FLIGHT: u32 = 1024;
 
@@ -63,6 +65,7 @@ Examples:
   forkring bench --rate 20000 --duration 30s --json
 
 An item that was begun is answered, failed (counted by code and reason) or unanswered; none is left out.
+Ctrl-C ends the measurement early, with a report of what there is.
 Exit code 1 when not one item succeeded.")]
 pub struct BenchArgs {
     #[command(flatten)]
@@ -129,7 +132,9 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the load generator's event loop")?;
-    let report = runtime.block_on(load(&args, target))?;
+    let interrupted = on_interrupt()?;
+    // It is the signal, or its thread has gone, which it does not.
+    let report = runtime.block_on(load(&args, target, async move { drop(interrupted.await) }))?;
     // Nothing of the load outlives its report: a call that hangs must not hold up the exit.
     runtime.shutdown_background();
     if args.json {
@@ -144,7 +149,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
 }
 
 /// Connects, drives all connections until the pace ends, waits for what is still out, and takes stock.
-async fn load(args: &BenchArgs, target: Target) -> anyhow::Result<Report> {
+async fn load(args: &BenchArgs, target: Target, interrupted: impl Future<Output = ()>) -> anyhow::Result<Report> {
     let in_flight = in_flight(args);
     let mut connections = Vec::new();
     for _ in 0..args.connections {
@@ -169,18 +174,27 @@ async fn load(args: &BenchArgs, target: Target) -> anyhow::Result<Report> {
     }
     let pacer = args.rate.map(|rate| Pacer::start(pace.clone(), rate)).transpose()?;
 
-    tokio::time::sleep_until(from.into()).await;
+    tokio::pin!(interrupted);
+    tokio::select! {
+        () = tokio::time::sleep_until(from.into()) => {}
+        () = &mut interrupted => bail!("interrupted in the warm-up: nothing was measured"),
+    }
     let cpu = CpuClock::start();
     let all_done = async { while drivers.join_next().await.is_some() {} };
     tokio::pin!(all_done);
-    let unfinished = tokio::select! {
-        () = &mut all_done => false,
-        () = pace.time_is_up() => true,
+    // How long to wait for what is still out.
+    let drain = tokio::select! {
+        () = &mut all_done => None,
+        () = pace.time_is_up() => Some(args.drain),
+        () = &mut interrupted => {
+            load.interrupt();
+            Some(args.drain.min(LAST_ANSWERS))
+        }
     };
     let cpu = cpu.busy();
-    if unfinished {
+    if let Some(drain) = drain {
         // Whatever is out when this ends is reported as unanswered.
-        let _ = tokio::time::timeout(args.drain, all_done).await;
+        let _ = tokio::time::timeout(drain, all_done).await;
     }
     drop(pacer);
     Ok(load.report(cpu))

@@ -114,7 +114,7 @@ impl Pace {
     }
 
     /// Ends the run for all senders, those that wait for their time included.
-    fn end(&self) {
+    pub fn end(&self) {
         if !self.over.send_replace(true)
             && let Some(schedule) = &self.schedule
         {

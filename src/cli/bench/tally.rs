@@ -22,6 +22,9 @@ const MAX_KINDS: usize = 32;
 /// Latencies above an hour are recorded as an hour.
 const MAX_LATENCY_NS: u64 = 3_600_000_000_000;
 
+/// Failures by code and reason.
+type Errors = BTreeMap<(&'static str, String), u64>;
+
 /// Counts and distributions, growing while a run lasts.
 pub struct Tally {
     from: Instant,
@@ -34,7 +37,9 @@ pub struct Tally {
     last_answer: Instant,
     failed: u64,
     failed_in_warmup: u64,
-    errors: BTreeMap<(&'static str, String), u64>,
+    errors: Errors,
+    connection_errors: Errors,
+    interrupted: bool,
     /// Updates that no item waits for: doubled, late, or left over from another client.
     stray: u64,
 }
@@ -52,6 +57,8 @@ impl Tally {
             failed: 0,
             failed_in_warmup: 0,
             errors: BTreeMap::new(),
+            connection_errors: BTreeMap::new(),
+            interrupted: false,
             stray: 0,
         }
     }
@@ -74,17 +81,18 @@ impl Tally {
         } else {
             self.failed_in_warmup += 1;
         }
-        self.error(status);
+        count(&mut self.errors, status);
     }
 
-    /// Something went wrong that is not one item's failure, such as a connection that was refused.
-    pub fn error(&mut self, status: &v1::Status) {
-        let reason = if status.reason.is_empty() { &status.message } else { &status.reason };
-        let mut key = (status.code_name(), first_line(reason));
-        if self.errors.len() >= MAX_KINDS && !self.errors.contains_key(&key) {
-            key.1 = "(further reasons)".to_owned();
-        }
-        *self.errors.entry(key).or_default() += 1;
+    /// Something went wrong that is no item's failure, such as a connection that was refused.
+    pub fn connection_failed(&mut self, status: &v1::Status) {
+        count(&mut self.connection_errors, status);
+    }
+
+    /// The measured time ends now.
+    pub fn interrupt(&mut self, now: Instant) {
+        self.interrupted = true;
+        self.until = Some(self.until.map_or(now, |until| until.min(now)));
     }
 
     /// An item was sent so long after it was due.
@@ -118,8 +126,19 @@ impl Tally {
             latency: self.latency.clone(),
             lateness: self.lateness.clone(),
             errors: self.errors.clone(),
+            connection_errors: self.connection_errors.clone(),
+            interrupted: self.interrupted,
         }
     }
+}
+
+fn count(errors: &mut Errors, status: &v1::Status) {
+    let reason = if status.reason.is_empty() { &status.message } else { &status.reason };
+    let mut key = (status.code_name(), first_line(reason));
+    if errors.len() >= MAX_KINDS && !errors.contains_key(&key) {
+        key.1 = "(further reasons)".to_owned();
+    }
+    *errors.entry(key).or_default() += 1;
 }
 
 /// The first line of a message, shortened.
@@ -220,17 +239,18 @@ pub struct Report {
     cpu: f64,
     latency: Latency,
     lateness: Latency,
-    errors: BTreeMap<(&'static str, String), u64>,
+    errors: Errors,
+    connection_errors: Errors,
+    interrupted: bool,
 }
 
 impl Report {
     /// One object, for programs.
     pub fn json(&self, args: &BenchArgs) -> Value {
-        let errors: Vec<Value> = self
-            .errors
-            .iter()
-            .map(|((code, reason), count)| json!({ "code": code, "reason": reason, "count": count }))
-            .collect();
+        let list = |errors: &Errors| -> Vec<Value> {
+            let each = errors.iter();
+            each.map(|((code, reason), count)| json!({ "code": code, "reason": reason, "count": count })).collect()
+        };
         json!({
             "addr": args.addr.addr,
             "pool": args.pool,
@@ -251,7 +271,9 @@ impl Report {
             "latency_ns": self.latency.json(),
             "lateness_ns": self.lateness.json(),
             "generator_cpu": self.cpu,
-            "errors": errors,
+            "errors": list(&self.errors),
+            "connection_errors": list(&self.connection_errors),
+            "interrupted": self.interrupted,
         })
     }
 
@@ -262,7 +284,7 @@ impl Report {
             None => "closed loop".to_string(),
         };
         let mut text = format!(
-            "{} at {}: {} connection{} × {} in flight, {} B, {loop_kind}, {:.1} s\n",
+            "{} at {}: {} connection{} × {} in flight, {} B, {loop_kind}, {:.1} s{}\n",
             mode_name(args.mode),
             args.addr.addr,
             args.connections,
@@ -270,6 +292,7 @@ impl Report {
             in_flight(args),
             args.payload.bytes(),
             self.seconds,
+            if self.interrupted { " (interrupted)" } else { "" },
         );
         let mut row = |name: &str, value: String| {
             let _ = writeln!(text, "  {name:<11} {value}");
@@ -303,6 +326,9 @@ impl Report {
         }
         for ((code, reason), count) in &self.errors {
             row("error", format!("{count} × {code}: {reason}"));
+        }
+        for ((code, reason), count) in &self.connection_errors {
+            row("connection", format!("{count} × {code}: {reason}"));
         }
         text
     }

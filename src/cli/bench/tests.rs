@@ -3,7 +3,7 @@
 use std::{collections::VecDeque, pin::Pin, sync::Arc};
 
 use clap::Parser as _;
-use tokio::sync::{Mutex, Notify, mpsc};
+use tokio::sync::{Mutex, Notify, mpsc, watch};
 use tokio_stream::{Stream, StreamExt as _, wrappers::ReceiverStream};
 use tonic::{
     Request, Response, Status, Streaming,
@@ -26,6 +26,8 @@ struct Cli {
 struct Fake {
     updates: Arc<Mutex<VecDeque<WorkResult>>>,
     news: Arc<Notify>,
+    /// How many items it was sent.
+    items: Arc<watch::Sender<u64>>,
 }
 
 type Results = Pin<Box<dyn Stream<Item = Result<WorkResult, Status>> + Send>>;
@@ -54,6 +56,7 @@ impl Dispatcher for Fake {
 
     async fn call(&self, request: Request<WorkItem>) -> Result<Response<WorkResult>, Status> {
         let item = request.into_inner();
+        self.items.send_modify(|items| *items += 1);
         match item.pool.as_str() {
             "silent" => std::future::pending().await,
             "refuse" => Err(Status::resource_exhausted("LANE_FULL")),
@@ -64,9 +67,11 @@ impl Dispatcher for Fake {
     async fn process(&self, request: Request<Streaming<WorkItem>>) -> Result<Response<Results>, Status> {
         let mut items = request.into_inner();
         let (results, source) = mpsc::channel(16);
+        let seen = self.items.clone();
         tokio::spawn(async move {
             let mut n = 0;
             while let Some(Ok(item)) = items.next().await {
+                seen.send_modify(|items| *items += 1);
                 if item.pool == "breaks" && n == 10 {
                     let _ = results.send(Err(Status::aborted("BROKE"))).await;
                     return;
@@ -85,6 +90,7 @@ impl Dispatcher for Fake {
         let mut receipt = SubmitReceipt::default();
         let mut n = 0;
         while let Some(item) = items.next().await.transpose()? {
+            self.items.send_modify(|items| *items += 1);
             if item.pool == "reject" {
                 let status = v1::Status { code: 5, reason: "UNKNOWN_POOL".into(), ..Default::default() };
                 receipt.rejected += 1;
@@ -125,7 +131,7 @@ async fn bench(options: &str) -> serde_json::Value {
     let warmup = if options.contains("--warmup") { "" } else { " --warmup 0s" };
     let line = format!("bench --addr {addr}{warmup} {options}");
     let args = Cli::try_parse_from(line.split(' ')).unwrap().bench;
-    let report = load(&args, Target::parse(&addr).unwrap()).await.unwrap();
+    let report = load(&args, Target::parse(&addr).unwrap(), std::future::pending()).await.unwrap();
     server.abort();
     report.json(&args)
 }
@@ -224,6 +230,49 @@ async fn a_stream_that_breaks_fails_its_items_and_the_load_goes_on() {
     assert_eq!((items + failed, unanswered), (40, 0), "{report}");
     assert!(items >= 20 && failed >= 4, "{report}");
     assert!(report["errors"].to_string().contains("BROKE"), "{report}");
+}
+
+#[tokio::test]
+async fn connections_that_fail_are_not_items_that_do() {
+    // A server that goes as soon as somebody comes.
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let addr = listener.local_addr().unwrap().to_string();
+    tokio::spawn(async move { listener.accept().await.map(drop) });
+    let line = format!("bench --addr {addr} --in-flight 3 --warmup 0s --duration 300ms");
+    let args = Cli::try_parse_from(line.split(' ')).unwrap().bench;
+    let report = load(&args, Target::parse(&addr).unwrap(), std::future::pending()).await.unwrap().json(&args);
+    let sum = |list: &str| -> u64 {
+        report[list].as_array().unwrap().iter().map(|error| error["count"].as_u64().unwrap()).sum()
+    };
+    assert_eq!(outcome(&report), (0, sum("errors"), 0), "{report}");
+    assert!(sum("connection_errors") > 0, "{report}");
+}
+
+#[tokio::test]
+async fn a_run_that_is_interrupted_reports_what_it_measured() {
+    let incoming = TcpIncoming::bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let addr = incoming.local_addr().unwrap().to_string();
+    let fake = Fake::default();
+    let server = Server::builder().add_service(DispatcherServer::new(fake.clone())).serve_with_incoming(incoming);
+    let server = tokio::spawn(server);
+    for mode in ["call", "process", "submit"] {
+        for shape in ["", " --rate 1000"] {
+            let line = format!("bench --addr {addr} --mode {mode}{shape} --in-flight 3 --warmup 0s --duration 1h");
+            let args = Cli::try_parse_from(line.split(' ')).unwrap().bench;
+            let mut items = fake.items.subscribe();
+            let enough = *items.borrow() + 100;
+            // All but the few in flight have been answered by then.
+            let interrupted = async move { drop(items.wait_for(|items| *items >= enough).await) };
+            let report = load(&args, Target::parse(&addr).unwrap(), interrupted).await.unwrap();
+            assert!(report.items > 0, "{line}");
+            let json = report.json(&args);
+            assert_eq!(json["interrupted"], true);
+            assert!(json["seconds"].as_f64().is_some_and(|seconds| seconds < 1800.0), "{json}");
+            assert!(json["items_per_s"].as_f64().is_some_and(|rate| rate > 0.0), "{json}");
+            assert!(report.text(&args).lines().next().is_some_and(|line| line.ends_with("(interrupted)")));
+        }
+    }
+    server.abort();
 }
 
 #[test]
