@@ -2,8 +2,9 @@
 
 mod exec;
 
-use std::{str::FromStr, thread, time::Duration};
+use std::{env, path::Path, str::FromStr, thread, time::Duration};
 
+use rustix::fs::{Access, access};
 use sha2::{Digest, Sha256};
 
 use crate::{
@@ -42,6 +43,10 @@ pub enum BuiltinError {
     Command,
     #[error("exec: `{0}` has a quote that is not closed")]
     Quote(String),
+    #[error("exec: there is no program `{0}` that can be run: look at its name, and whether it is executable")]
+    Program(String),
+    #[error("`{0}` names no function: write {0}:FUNCTION")]
+    Function(String),
 }
 
 impl FromStr for Builtin {
@@ -59,9 +64,33 @@ impl FromStr for Builtin {
                 parse_duration(time).map(Builtin::Sleep).map_err(|_| BuiltinError::Duration(time.to_owned()))
             }
             Some(("exec", command)) => exec::split(command).map(Builtin::Exec),
+            None if text.ends_with(".py") => Err(BuiltinError::Function(text.to_owned())),
             _ => Err(BuiltinError::Unknown(text.to_owned())),
         }
     }
+}
+
+impl Builtin {
+    /// Whether it can work, as far as that can be known before there is an item.
+    pub(crate) fn check(&self) -> Result<(), BuiltinError> {
+        match self {
+            Builtin::Exec(command) => match command.first() {
+                Some(program) if !can_be_run(program) => Err(BuiltinError::Program(program.clone())),
+                _ => Ok(()),
+            },
+            _ => Ok(()),
+        }
+    }
+}
+
+/// Looks where the start of the program will look.
+fn can_be_run(program: &str) -> bool {
+    let is_program = |path: &Path| path.is_file() && access(path, Access::EXEC_OK).is_ok();
+    if program.contains('/') {
+        return is_program(Path::new(program));
+    }
+    let path = env::var_os("PATH").unwrap_or_else(|| "/bin:/usr/bin".into());
+    env::split_paths(&path).any(|folder| is_program(&folder.join(program)))
 }
 
 impl Handler for Builtin {
@@ -107,5 +136,17 @@ mod tests {
         assert!(matches!("exec:a 'b".parse::<Builtin>(), Err(BuiltinError::Quote(_))));
         assert!(matches!("sleep:soon".parse::<Builtin>(), Err(BuiltinError::Duration(_))));
         assert!(matches!("nope".parse::<Builtin>(), Err(BuiltinError::Unknown(_))));
+        assert!(matches!("dir/app.py".parse::<Builtin>(), Err(BuiltinError::Function(_))));
+    }
+
+    #[test]
+    fn a_program_is_looked_up() {
+        let check = |line: &str| line.parse::<Builtin>().expect("the test's own handler").check();
+        assert_eq!((check("exec:sh -c x"), check("exec:/bin/sh"), check("echo")), (Ok(()), Ok(()), Ok(())));
+        let file = tempfile::NamedTempFile::new().expect("a file that is not executable");
+        let file = file.path().display().to_string();
+        for missing in ["no-such-program", "/no/such", "/dev/null", "/", &file] {
+            assert_eq!(check(&format!("exec:{missing} x")), Err(BuiltinError::Program(missing.to_owned())));
+        }
     }
 }

@@ -323,9 +323,15 @@ impl FromStr for PoolSpec {
 
     fn from_str(text: &str) -> Result<Self, InvalidValue> {
         let error = || units::invalid(text, "a pool: give NAME[:WORKERS]=HANDLER, such as hash:4=sha256");
+        let workers = |count: &str| match count.parse() {
+            Ok(workers @ 1..) if u32::from(workers) <= MAX_POOL_WORKERS => Ok(workers),
+            _ if count.is_empty() || !count.bytes().all(|b| b.is_ascii_digit()) => Err(error()),
+            _ => Err(units::invalid(count, "a pool's number of workers: choose from 1 to 256")),
+        };
+        const { assert!(MAX_POOL_WORKERS == 256, "the line above says so") };
         let (head, handler) = text.split_once('=').ok_or_else(error)?;
         let (name, workers) = match head.split_once(':') {
-            Some((name, workers)) => (name, Some(workers.parse().map_err(|_| error())?)),
+            Some((name, count)) => (name, Some(workers(count)?)),
             None => (head, None),
         };
         let pool = Self { name: name.to_owned(), workers, handler: handler.to_owned(), ..Self::default() };

@@ -14,6 +14,9 @@ use crate::{
     process,
 };
 
+/// What runs a handler in Python.
+const PYTHON_WORKER: &str = "forkring._worker";
+
 /// A command that becomes a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Program {
@@ -45,7 +48,7 @@ impl Program {
     pub fn python(interpreter: &Path, handler: &str) -> Option<Self> {
         is_python(handler).then(|| {
             let arguments = |more: &[&'static str]| {
-                let all = ["-m", "forkring._worker"].iter().chain(more).map(OsString::from);
+                let all = ["-m", PYTHON_WORKER].iter().chain(more).map(OsString::from);
                 all.chain([handler.into()]).collect::<Vec<_>>()
             };
             Program::new(interpreter).args(arguments(&[])).checked_with(arguments(&["--check"]))
@@ -63,6 +66,17 @@ impl Program {
         // What it prints must not get between what the server prints.
         let status = Command::new(&self.program).args(arguments).stdin(Stdio::null()).stdout(io::stderr()).status();
         status.map(Some)
+    }
+
+    /// Whether it is a handler in Python, and the interpreter has not what runs it: another reason for a check to fail.
+    pub(crate) fn lacks_package(&self) -> bool {
+        let import = || {
+            let mut python = Command::new(&self.program);
+            python.args(["-c", &format!("import {PYTHON_WORKER}")]);
+            python.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
+        };
+        self.arguments.iter().any(|argument| argument == PYTHON_WORKER)
+            && import().is_ok_and(|status| !status.success())
     }
 
     /// Becomes the program, in a child that has nothing to lose. Returns only if that fails.

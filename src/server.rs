@@ -1,9 +1,11 @@
 //! The server as a library: pools of closures, served until a signal.
 
 use std::{
-    io,
+    error::Error as _,
+    fmt, io,
     net::{SocketAddr, TcpListener},
     path::Path,
+    process::ExitStatus,
     time::Duration,
 };
 
@@ -22,8 +24,8 @@ use crate::{
 /// Connections that wait in the kernel until the front accepts them, as they do while it is restarted.
 const BACKLOG: i32 = 1024;
 
-/// Why a server did not start, or ended badly.
-#[derive(Debug, thiserror::Error)]
+/// Why a server did not start, or ended badly. Its `Debug` is that line, too, for a `main` that returns it.
+#[derive(thiserror::Error)]
 #[allow(missing_docs)]
 pub enum ServerError {
     #[error(transparent)]
@@ -32,8 +34,12 @@ pub enum ServerError {
     Handler { pool: String, error: BuiltinError },
     #[error("pool `{pool}`: `{program}` cannot be run: {error}")]
     Program { pool: String, program: String, error: io::Error },
-    #[error("pool `{pool}` cannot run `{handler}`: the reason is in the lines above")]
-    Check { pool: String, handler: String },
+    #[error("pool `{pool}` cannot run `{handler}`, its check ended with {status}: the reason is in the lines above")]
+    Check { pool: String, handler: String, status: ExitStatus },
+    #[error(
+        "pool `{pool}` cannot run `{handler}`: `{python}` has no package forkring; install the wheel in that Python (scripts/wheel), or name another one by --python"
+    )]
+    NoPackage { pool: String, handler: String, python: String },
     #[error("two pools are named `{0}`: give each its own name")]
     DuplicatePool(String),
     #[error("there is no pool: give at least one, as in --pool hash=sha256")]
@@ -46,6 +52,18 @@ pub enum ServerError {
     Fork(#[from] ForkError),
     #[error(transparent)]
     Supervisor(#[from] SupervisorError),
+}
+
+impl fmt::Debug for ServerError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        fmt::Display::fmt(self, f)?;
+        let mut source = self.source();
+        while let Some(cause) = source {
+            write!(f, ": {cause}")?;
+            source = cause.source();
+        }
+        Ok(())
+    }
 }
 
 fn busy(error: &io::Error) -> &'static str {
@@ -153,7 +171,10 @@ impl Server {
         let pools = config.pools.iter().map(|spec| {
             let python = config.python.as_deref().unwrap_or(Path::new("python3"));
             let pool = match spec.handler.parse::<Builtin>() {
-                Ok(builtin) => Pool::with_handler(&spec.name, builtin),
+                Ok(builtin) => {
+                    builtin.check().map_err(|error| ServerError::Handler { pool: spec.name.clone(), error })?;
+                    Pool::with_handler(&spec.name, builtin)
+                }
                 Err(error) => match Program::python(python, &spec.handler) {
                     Some(program) if matches!(error, BuiltinError::Unknown(_)) => Pool::program(&spec.name, program),
                     _ => return Err(ServerError::Handler { pool: spec.name.clone(), error }),
@@ -281,13 +302,14 @@ impl BoundServer {
 /// What is wrong with a pool's program is said before there is a port that clients could reach.
 fn check(pool: &Pool) -> Result<(), ServerError> {
     let Some(program) = pool.program_of() else { return Ok(()) };
+    let (pool, handler, name) = (pool.name.clone(), program.to_string(), program.name().display().to_string());
     match program.check() {
-        Ok(status) if status.is_none_or(|status| status.success()) => Ok(()),
-        Ok(_) => Err(ServerError::Check { pool: pool.name.clone(), handler: program.to_string() }),
-        Err(error) => {
-            let program = program.name().display().to_string();
-            Err(ServerError::Program { pool: pool.name.clone(), program, error })
-        }
+        Ok(Some(status)) if !status.success() => Err(match program.lacks_package() {
+            true => ServerError::NoPackage { pool, handler, python: name },
+            false => ServerError::Check { pool, handler, status },
+        }),
+        Ok(_) => Ok(()),
+        Err(error) => Err(ServerError::Program { pool, program: name, error }),
     }
 }
 
@@ -298,4 +320,17 @@ fn listen(address: SocketAddr) -> io::Result<TcpListener> {
     socket.bind(&address.into())?;
     socket.listen(BACKLOG)?;
     Ok(socket.into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_error_that_main_returns_reads_like_any_other() {
+        assert_eq!(format!("{:?}", ServerError::NoPool), ServerError::NoPool.to_string());
+        let error = ServerError::from(Config::from_file(Path::new("/no/such")).expect_err("no file"));
+        let line = "cannot read the configuration /no/such: No such file or directory (os error 2)";
+        assert_eq!(format!("{error:?}"), line);
+    }
 }

@@ -99,7 +99,10 @@ fn a_worker_is_not_started_by_hand() {
 #[test]
 fn a_python_that_cannot_run_the_handler_is_refused_at_the_start() {
     run(async {
-        for (python, says) in [("/bin/false", "cannot run `app:handle`"), ("/no/such", "`/no/such` cannot be run: ")] {
+        for (python, says) in [
+            ("/bin/false", "`/bin/false` has no package forkring; install the wheel in that Python"),
+            ("/no/such", "`/no/such` cannot be run: "),
+        ] {
             let name = unique_name();
             let outcome = finish(serve_command(&name, &["app:handle", "--python", python]), b"").await;
             outcome.assert_failed(2, says);

@@ -45,6 +45,11 @@ fn a_flag_that_means_nothing_is_refused() {
             (&["--pool", echo, "extra"], "`extra` is no handler in Python"),
             (&["--pool", "echo"], "give NAME[:WORKERS]=HANDLER"),
             (&["--pool", "echo:many=echo"], "give NAME[:WORKERS]=HANDLER"),
+            (&["--pool", "echo:0=echo"], "`0` is not a pool's number of workers: choose from 1 to 256"),
+            (&["--pool", "echo:99999=echo"], "`99999` is not a pool's number of workers: choose from 1 to 256"),
+            (&["dir/app.py"], "`dir/app.py` names no function: write dir/app.py:FUNCTION"),
+            (&["--pool", "a=app.py"], "`app.py` names no function: write app.py:FUNCTION"),
+            (&["--pool", "a=exec:nosuchprogram -x"], "there is no program `nosuchprogram` that can be run"),
             (&["--pool", "a=echo", "--pool", "a=sha256"], "pool a is there twice"),
             (&["--pool", "a=echoo"], "pool `a`: unknown handler `echoo`"),
             (&["--pool", "a=sleep:soon"], "`soon` is no duration"),
@@ -75,6 +80,7 @@ fn a_variable_that_means_nothing_is_refused_by_its_name() {
             ("FORKRING_ARENA", "1x", "(from FORKRING_ARENA)"),
             ("FORKRING_POOLS", "what", "FORKRING_POOLS: `what` is not a pool"),
             ("FORKRING_LOG", "info=what=", "FORKRING_LOG: "),
+            ("FORKRING_LOG", "verbose", "FORKRING_LOG: `verbose` is no level: give error, warn, info"),
         ] {
             let name = unique_name();
             let pool = if variable == "FORKRING_POOLS" { &[][..] } else { &["--pool", "echo=echo"] };
@@ -82,6 +88,22 @@ fn a_variable_that_means_nothing_is_refused_by_its_name() {
             command.env(variable, value);
             refused(command, &name, says).await;
         }
+    });
+}
+
+#[test]
+fn a_variable_that_is_empty_is_not_set() {
+    run(async {
+        let name = unique_name();
+        let mut command = serve_command(&name, &["--pool", "echo=echo"]);
+        for variable in
+            ["CAPACITY", "CONFIG", "FRESH", "GRACE", "ITEM_TIMEOUT", "LOG", "NAME", "POOLS", "PYTHON", "WORKERS"]
+        {
+            command.env(format!("FORKRING_{variable}"), "");
+        }
+        let server = Server::start(name, command, Files::new()).await;
+        assert_serves(&server.client().await, "echo").await;
+        server.drain().await;
     });
 }
 

@@ -79,6 +79,11 @@ def test_a_decorator_says_what_is_wrong(tmp_path, decorator, says):
     refused(tmp_path, "app:handle", says, source=f"import forkring\n@forkring.{decorator}\ndef handle(item): pass")
 
 
+def test_a_module_that_ends_the_process_says_how(tmp_path):
+    said = refused(tmp_path, "app:handle", source="import os; os._exit(7)")
+    assert "its check ended with exit status: 7" in said
+
+
 def test_a_module_that_is_not_there_is_one_line(tmp_path):
     assert "Traceback" not in refused(tmp_path, "nowhere:handle", f"no module `nowhere` in {tmp_path} nor where Python")
     assert "Traceback" not in refused(tmp_path, "nowhere.py:handle", "there is no file nowhere.py")

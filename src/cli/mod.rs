@@ -25,7 +25,7 @@ use std::{
 };
 
 use clap::{
-    CommandFactory as _, Parser, Subcommand,
+    CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
     error::{ContextKind, ContextValue, ErrorKind},
 };
 
@@ -74,7 +74,7 @@ pub fn main() -> ExitCode {
 /// Runs a command; the first argument is the program's name. Handlers in Python run in `python` unless the command says
 /// otherwise. The result is the exit code.
 pub fn run(arguments: Vec<OsString>, python: Option<PathBuf>) -> u8 {
-    let cli = match Cli::try_parse_from(&arguments) {
+    let cli = match parse(&arguments) {
         Ok(cli) => cli,
         Err(error) => return refuse(&error, &arguments),
     };
@@ -101,7 +101,20 @@ pub fn run(arguments: Vec<OsString>, python: Option<PathBuf>) -> u8 {
 
 /// Reads a command line and runs nothing: what is wrong with it.
 pub(crate) fn check(arguments: &[OsString]) -> Result<(), String> {
-    Cli::try_parse_from(arguments).map(drop).map_err(|error| usage_line(&error, arguments))
+    parse(arguments).map(drop).map_err(|error| usage_line(&error, arguments))
+}
+
+fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
+    Cli::from_arg_matches(&without_empty_variables(Cli::command()).try_get_matches_from(arguments)?)
+}
+
+/// A variable that is set to nothing is as good as one that is not set.
+fn without_empty_variables(command: clap::Command) -> clap::Command {
+    let unset = |arg: clap::Arg| {
+        let value = arg.get_env().and_then(env::var_os);
+        if value.is_some_and(|value| value.is_empty()) { arg.env(None::<&str>) } else { arg }
+    };
+    command.mut_args(unset).mut_subcommands(without_empty_variables)
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {

@@ -12,7 +12,7 @@ use std::{
 
 use clap::builder::BoolishValueParser;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
 use super::{
     BadUsage,
@@ -36,7 +36,8 @@ Handlers:
   echo:SIZE         the same, streamed in parts of SIZE bytes (over Process)
   sha256            the result is the item's SHA-256 digest, 32 bytes
   sleep:DURATION    the item is the result, later (for load tests)
-  exec:COMMAND...   the item on the stdin of a fresh process, its stdout the result
+  exec:COMMAND...   the item on the stdin of a fresh process, its stdout the result;
+                    there is no shell: a pipe takes exec:sh -c 'sort | uniq'
   MODULE:FUNCTION   a function or class in Python, also as FILE.py:FUNCTION
 
 Examples:
@@ -186,6 +187,9 @@ impl ServeArgs {
         lay(self.python.map(Some), &mut config.python);
         lay(self.log, &mut config.log);
         if let Some(handler) = self.app {
+            if handler.ends_with(".py") {
+                return Err(BadUsage(format!("`{handler}` names no function: write {handler}:FUNCTION")).into());
+            }
             let pool = handler.rsplit_once([':', '.']).and_then(|(_, name)| format!("{name}={handler}").parse().ok());
             let refusal = || BadUsage(format!("`{handler}` is no handler in Python: write MODULE:FUNCTION"));
             self.pool.push(pool.ok_or_else(refusal)?);
@@ -247,8 +251,15 @@ fn end_with(parent: i32) -> anyhow::Result<()> {
 }
 
 fn log_to_stderr(format: LogFormat, filter: Option<&str>) -> anyhow::Result<()> {
+    let filter = filter.filter(|filter| !filter.is_empty()).unwrap_or("info");
+    // Taken for the name of a module, which there is not, it would silence all.
+    let is_no_level = |word: &&str| !word.contains(['=', '[']) && word.parse::<LevelFilter>().is_err();
+    if let Some(word) = filter.split(',').map(str::trim).find(is_no_level) {
+        let levels = "give error, warn, info, debug, trace or off, or one for a module, as in forkring=debug";
+        return Err(BadUsage(format!("{FILTER}: `{word}` is no level: {levels}")).into());
+    }
     let filter = EnvFilter::builder()
-        .parse(filter.filter(|filter| !filter.is_empty()).unwrap_or("info"))
+        .parse(filter)
         .map_err(|error| BadUsage(format!("{FILTER}: {error}; give a level such as info or forkring=debug")))?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
     // It would say on stderr that stderr cannot be written to, and panic because that cannot be said.
@@ -380,5 +391,9 @@ mod tests {
         assert!(error.is::<BadUsage>() && error.to_string().contains("--pool hash=sha256"));
         let error = log_to_stderr(LogFormat::Text, Some("info=what=")).expect_err("not a filter");
         assert!(error.is::<BadUsage>() && error.to_string().starts_with("FORKRING_LOG: "), "{error}");
+        for filter in ["verbose", "info,forkring", "forkring=debug,loud"] {
+            let error = log_to_stderr(LogFormat::Text, Some(filter)).expect_err("no level");
+            assert!(error.is::<BadUsage>() && error.to_string().contains("` is no level: give error, warn"), "{error}");
+        }
     }
 }

@@ -28,16 +28,19 @@ def pytest_unconfigure():
 
 
 @pytest.fixture(scope="session")
-def server():
+def server(tmp_path_factory):
     """One server for all tests that do not disturb each other."""
+    gone = tmp_path_factory.mktemp("programs") / "gone"
+    gone.touch(mode=0o700)
     pools = [
         "echo:2=echo",
         "hash:1=sha256",
         f"gate:1={GATE}",
         "fail:1=exec:sh -c 'cat >&2; exit 3'",
-        "gone:1=exec:/no/such",
+        f"gone:1=exec:{gone}",
     ]
     with Server(*(f"--pool={pool}" for pool in pools)) as server:
+        gone.unlink()
         yield server
 
 

@@ -34,7 +34,7 @@ def failure(call, *arguments, **named):
         (WorkItem(pool="echo", metadata={"k": "v" * 20000}), "INVALID_ARGUMENT", "FIELD_TOO_LONG", "metadata"),
         (WorkItem(pool="p" * 300), "INVALID_ARGUMENT", "FIELD_TOO_LONG", "pool"),
         (WorkItem(pool="fail", payload=b"50 % of it\nis gone"), "INTERNAL", "EXEC_FAILED", "50 % of it\nis gone"),
-        (WorkItem(pool="gone"), "FAILED_PRECONDITION", "EXEC_FAILED", "/no/such"),
+        (WorkItem(pool="gone"), "FAILED_PRECONDITION", "EXEC_FAILED", "cannot run `/"),
     ],
 )
 def test_refusals(stub, item, code, reason, says):
