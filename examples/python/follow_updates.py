@@ -36,4 +36,6 @@ async def main(address, count):
 
 
 if __name__ == "__main__":
+    if not 2 <= len(sys.argv) <= 3:
+        sys.exit("usage: python follow_updates.py HOST:PORT [COUNT]")
     asyncio.run(main(sys.argv[1], int(sys.argv[2]) if len(sys.argv) > 2 else 1000))

@@ -18,8 +18,9 @@ use crate::{
 /// Look at items that killed their workers; requeue or drop them
 #[derive(Debug, Args)]
 #[command(after_help = "\
-An item that killed --max-attempts workers fails with ABORTED, reason WORKER_CRASHED, and is kept as a dead letter with its
-payload and with how its workers died. When --dead-letters is full, the oldest make room.
+An item that killed --max-attempts workers fails with ABORTED, reason WORKER_CRASHED, and is kept
+as a dead letter with its payload and with how its workers died. When --dead-letters is full, the
+oldest make room.
 
 Examples:
   forkring dead list                        what there is, oldest first
@@ -46,8 +47,8 @@ enum Command {
 /// List the dead letters, oldest first
 #[derive(Debug, Args)]
 #[command(after_help = "\
-A line has number, time, pool, the client's id, bytes of payload, and how the last of its workers died.
-On stderr: that there are none; how many letters have been dropped to make room for others, if any.")]
+A line has number, time, pool, the client's id, bytes of payload, and how the last of its workers
+died. On stderr: that there are none; how many letters were dropped to make room for others, if any.")]
 struct ListArgs {
     /// Print one JSON object a line
     #[arg(long)]
@@ -81,8 +82,9 @@ Examples:
   forkring dead requeue 7 9
   forkring dead requeue --all --subscription retried; forkring updates --subscription retried
 
-An item has all its attempts before it again, and no deadline. Its result goes to the subscription it was submitted under;
-if it came by Call or Process, to --subscription. The letter goes once its item is accepted.")]
+An item has all its attempts before it again, and no deadline. Its result goes to the subscription
+it was submitted under; if it came by Call or Process, to --subscription. The letter goes once its
+item is accepted.")]
 struct RequeueArgs {
     #[command(flatten)]
     letters: Numbers,
