@@ -44,19 +44,25 @@ def _loop_factory() -> Optional[Callable[[], asyncio.AbstractEventLoop]]:
 class _Open:
     """What belongs to an item that is open."""
 
-    __slots__ = ("is_told", "task", "timer")
+    __slots__ = ("is_closing", "is_told", "task", "timer")
 
     def __init__(self, task: asyncio.Task[None]) -> None:
         self.task = task
         self.timer: Optional[asyncio.TimerHandle] = None
         self.is_told = False
+        # What is left of its handler is told by other means.
+        self.is_closing = False
 
     def cancel(self) -> None:
         """Once: a handler may finish all the same."""
         if not self.is_told:
             self.is_told = True
             # Not at once: of a task that has not begun nothing would run, and the item would never end.
-            self.task.get_loop().call_soon(self.task.cancel)
+            self.task.get_loop().call_soon(self._cancel)
+
+    def _cancel(self) -> None:
+        if not self.is_closing:
+            self.task.cancel()
 
 
 class _Worker:
@@ -154,6 +160,10 @@ class _Worker:
                 await self._put(self._native.send, item, part, None)
                 # Others have their turn, and a cancel is heard of.
                 await asyncio.sleep(0)
+        except BaseException:
+            # A cancel would break off what the generator does in the end.
+            self._open[item].is_closing = True
+            raise
         finally:
             await parts.aclose()
         await self._put(self._native.write, item, None, None)
