@@ -291,7 +291,13 @@ impl House {
 
     /// From its load to its drain.
     async fn day(&self) {
-        tokio::join!(self.submits(), self.calls(), self.stream(), self.deaths(), self.cancels());
+        tokio::join!(
+            self.submits(),
+            self.calls(),
+            self.stream(&[3, 30_000, 300, 9_000, 30_000]),
+            self.deaths(),
+            self.cancels()
+        );
         self.lose_the_front().await;
         self.settle().await;
         self.drain().await;
@@ -309,9 +315,9 @@ impl House {
         }
     }
 
-    async fn stream(&self) {
+    async fn stream(&self, lens: &[usize]) {
         'again: loop {
-            let items: Vec<_> = [3, 30_000, 300, 9_000, 30_000].map(|len| self.echo(len, 1)).into();
+            let items: Vec<_> = lens.iter().map(|len| self.echo(*len, 1)).collect();
             let count = items.len();
             let mut results = match self.client().process(tokio_stream::iter(items)).await {
                 Ok(results) => results,
@@ -458,6 +464,8 @@ impl House {
             let other = Pid::from_raw(until("a worker", find).await);
             let _ = kill(other, Signal::SIGSTOP);
             let result = self.call(self.echo(LARGEST, 0)).await;
+            // Each has sent partial results, whoever was faster before.
+            self.stream(&[9_000]).await;
             let _ = kill(other, Signal::SIGCONT);
             assert_eq!(result.worker, number);
         }
