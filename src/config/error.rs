@@ -30,7 +30,7 @@ pub enum ConfigError {
         message: String,
     },
     /// The server's name cannot name a segment.
-    #[error("`{0}` is not a server name: use 1 to 64 of a-z, 0-9, _ and -")]
+    #[error("`{}` is not a server name: use 1 to 64 of a-z, 0-9, _ and -", .0.escape_debug())]
     Name(String),
     /// A number is out of its range.
     #[error("{key} is {value}: choose from {least} to {most}")]
@@ -74,7 +74,7 @@ pub enum ConfigError {
     #[error("body_timeout is 0: give clients some time, such as 10s")]
     BodyTimeout,
     /// A pool's name has other characters than it may.
-    #[error("`{0}` is not a pool name: use 1 to 64 of A-Z, a-z, 0-9, ., _ and -")]
+    #[error("`{}` is not a pool name: use 1 to 64 of A-Z, a-z, 0-9, ., _ and -", .0.escape_debug())]
     PoolName(String),
     /// A pool without a handler.
     #[error("pool {0} has no handler: name one, such as echo, sha256, sleep:10ms or exec:COMMAND")]

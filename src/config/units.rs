@@ -9,7 +9,7 @@ use serde::{Deserialize, Deserializer, de};
 
 /// Why a value cannot be read; says what would be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("`{given}` is not {wanted}")]
+#[error("`{}` is not {wanted}", given.escape_debug())]
 pub struct InvalidValue {
     given: String,
     wanted: &'static str,
