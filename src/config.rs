@@ -5,14 +5,16 @@
 //! anything starts, with a line that says what to change.
 
 mod error;
+mod place;
+mod pool;
 mod units;
 
 use std::{
-    fmt, fs,
+    collections::BTreeMap,
+    fs,
     net::{Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    str::FromStr,
     thread,
     time::Duration,
 };
@@ -22,6 +24,8 @@ use serde::Deserialize;
 use crate::segment::{MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS, MIN_LETTER_BYTES};
 
 pub use error::ConfigError;
+pub use place::{Affinity, Place, Variable};
+pub use pool::PoolSpec;
 pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, parse_listen};
 
 /// What a partition may have: the segment's own bounds, as round numbers.
@@ -82,6 +86,11 @@ pub struct Config {
     /// How much memory a worker may have beside the segment. Default: 0, no limit. A pool may have
     /// [its own](PoolSpec::worker_memory).
     pub worker_memory: ByteSize,
+    /// Environment variables of workers; `{worker}` in a value is the worker's number in its pool, from 0. Default: none beside
+    /// the server's own. A pool may have [more](PoolSpec::worker_env).
+    pub worker_env: BTreeMap<String, String>,
+    /// Which CPU each worker keeps to. Default: [`Affinity::Off`]. A pool may have [its own](PoolSpec::affinity).
+    pub affinity: Affinity,
     /// How long a drain may take before it is cut short. Default: 30 s; 0 does not wait.
     #[serde(deserialize_with = "units::duration")]
     pub grace: Duration,
@@ -117,6 +126,8 @@ impl Default for Config {
             dead_letters: ByteSize::mib(8),
             item_timeout: Duration::ZERO,
             worker_memory: ByteSize::new(0),
+            worker_env: BTreeMap::new(),
+            affinity: Affinity::Off,
             grace: Duration::from_secs(30),
             outbox: None,
             max_connections: 4096,
@@ -189,6 +200,13 @@ impl Config {
         Some(pool.worker_memory.unwrap_or(self.worker_memory)).filter(|memory| memory.bytes() != 0)
     }
 
+    /// Where the pool's workers run, and with what environment.
+    pub fn place_of(&self, pool: &PoolSpec) -> Place {
+        let mut variables = self.worker_env.clone();
+        variables.extend(pool.worker_env.clone());
+        Place::new(variables, pool.affinity.as_ref().unwrap_or(&self.affinity))
+    }
+
     /// Refuses what cannot work.
     pub fn validate(&self) -> Result<(), ConfigError> {
         if !is_name(&self.name, |b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b)) {
@@ -253,6 +271,7 @@ impl Config {
             if let Some(memory) = self.worker_memory_of(pool).filter(|memory| *memory < LEAST_MEMORY) {
                 return Err(ConfigError::WorkerMemory { pool: pool.name.clone(), memory });
             }
+            self.place_of(pool).validate(&pool.name)?;
         }
         if total > MAX_WORKERS {
             return Err(ConfigError::TooManyWorkers(total));
@@ -275,81 +294,6 @@ fn in_range(key: &'static str, value: u32, least: u32, most: u32) -> Result<(), 
     if (least..=most).contains(&value) { Ok(()) } else { Err(ConfigError::Range { key, value, least, most }) }
 }
 
-/// A pool with a built-in or a Python handler, written `NAME[:WORKERS]=HANDLER`. The handler is verbatim what follows the `=`.
-///
-/// ```
-/// # use forkring::config::PoolSpec;
-/// let pool: PoolSpec = "count:4=exec:wc -c".parse()?;
-/// assert_eq!((pool.name.as_str(), pool.workers, pool.handler.as_str()), ("count", Some(4), "exec:wc -c"));
-/// # Ok::<(), forkring::config::InvalidValue>(())
-/// ```
-#[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct PoolSpec {
-    /// What clients call it: up to 64 of `A-Z a-z 0-9 . _ -`.
-    pub name: String,
-    /// How many workers it has; `None`: [`Config::workers`].
-    #[serde(default)]
-    pub workers: Option<u16>,
-    /// What its workers run: `echo`, `echo:SIZE`, `sha256`, `sleep:DURATION`, `exec:COMMAND…`, or `MODULE:FUNCTION` in Python.
-    pub handler: String,
-    /// How long its workers may take for an item, 0 for as long as they like; `None`: [`Config::item_timeout`].
-    #[serde(default, deserialize_with = "units::some_duration")]
-    pub item_timeout: Option<Duration>,
-    /// How much memory each of its workers may have, 0 for no limit; `None`: [`Config::worker_memory`].
-    #[serde(default)]
-    pub worker_memory: Option<ByteSize>,
-}
-
-impl PoolSpec {
-    fn validate(&self) -> Result<(), ConfigError> {
-        if !is_name(&self.name, |b| b.is_ascii_alphanumeric() || b"._-".contains(&b)) {
-            return Err(ConfigError::PoolName(self.name.clone()));
-        }
-        if self.handler.is_empty() {
-            return Err(ConfigError::NoHandler(self.name.clone()));
-        }
-        match self.workers {
-            Some(workers) if !(1..=MAX_POOL_WORKERS).contains(&workers.into()) => {
-                Err(ConfigError::PoolWorkers { pool: self.name.clone(), workers })
-            }
-            _ => Ok(()),
-        }
-    }
-}
-
-impl FromStr for PoolSpec {
-    type Err = InvalidValue;
-
-    fn from_str(text: &str) -> Result<Self, InvalidValue> {
-        let error = || units::invalid(text, "a pool: give NAME[:WORKERS]=HANDLER, such as hash:4=sha256");
-        let workers = |count: &str| match count.parse() {
-            Ok(workers @ 1..) if u32::from(workers) <= MAX_POOL_WORKERS => Ok(workers),
-            _ if count.is_empty() || !count.bytes().all(|b| b.is_ascii_digit()) => Err(error()),
-            _ => Err(units::invalid(count, "a pool's number of workers: choose from 1 to 256")),
-        };
-        const { assert!(MAX_POOL_WORKERS == 256, "the line above says so") };
-        let (head, handler) = text.split_once('=').ok_or_else(error)?;
-        let (name, workers) = match head.split_once(':') {
-            Some((name, count)) => (name, Some(workers(count)?)),
-            None => (head, None),
-        };
-        let pool = Self { name: name.to_owned(), workers, handler: handler.to_owned(), ..Self::default() };
-        pool.validate().map_err(|_| error())?;
-        Ok(pool)
-    }
-}
-
-impl fmt::Display for PoolSpec {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(&self.name)?;
-        if let Some(workers) = self.workers {
-            write!(f, ":{workers}")?;
-        }
-        write!(f, "={}", self.handler)
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;
@@ -364,6 +308,10 @@ mod tests {
         let mut config = Config::default();
         change(&mut config);
         config.validate().map_or_else(|error| error.to_string(), |()| "accepted".to_owned())
+    }
+
+    fn variables(pairs: &[(&str, &str)]) -> BTreeMap<String, String> {
+        pairs.iter().map(|(name, value)| (name.to_string(), value.to_string())).collect()
     }
 
     fn pools(specs: &[&str]) -> Vec<PoolSpec> {
@@ -393,6 +341,8 @@ mod tests {
             dead_letters = "64KiB"
             item_timeout = "2s"
             worker_memory = "1GiB"
+            worker_env = { DEVICE = "{worker}", MODE = "all" }
+            affinity = "auto"
             grace = "1m"
             outbox = 10
             max_connections = 7
@@ -410,6 +360,8 @@ mod tests {
             handler = "exec:wc -c"
             item_timeout = 0
             worker_memory = "8MiB"
+            worker_env = { MODE = "one" }
+            affinity = 0
         "#;
         let config = Config {
             listen: "[::1]:7000".parse().expect("the test's own address"),
@@ -424,6 +376,8 @@ mod tests {
             dead_letters: ByteSize::new(64 << 10),
             item_timeout: Duration::from_secs(2),
             worker_memory: ByteSize::mib(1024),
+            worker_env: variables(&[("DEVICE", "{worker}"), ("MODE", "all")]),
+            affinity: Affinity::Auto,
             grace: Duration::from_secs(60),
             outbox: Some(10),
             max_connections: 7,
@@ -435,6 +389,8 @@ mod tests {
                 PoolSpec {
                     item_timeout: Some(Duration::ZERO),
                     worker_memory: Some(ByteSize::mib(8)),
+                    worker_env: variables(&[("MODE", "one")]),
+                    affinity: Some(Affinity::Cpus(vec![0])),
                     ..pools(&["count=exec:wc -c"]).remove(0)
                 },
             ],
@@ -445,6 +401,10 @@ mod tests {
         assert_eq!(config.item_timeout_of(count), None, "a pool's own, which is none, beats the one for all");
         assert_eq!(config.worker_memory_of(hash), Some(ByteSize::mib(1024)));
         assert_eq!(config.worker_memory_of(count), Some(ByteSize::mib(8)));
+        let places = [hash, count].map(|pool| config.place_of(pool).variables(3));
+        assert_eq!(places[0], [("DEVICE".to_owned(), "3".to_owned()), ("MODE".to_owned(), "all".to_owned())]);
+        assert_eq!(places[1], [("DEVICE".to_owned(), "3".to_owned()), ("MODE".to_owned(), "one".to_owned())]);
+        assert_eq!(config.place_of(count).cpu(5), Some(0));
         assert_eq!(config.validate().map_err(|error| error.to_string()), Ok(()));
     }
 
@@ -528,40 +488,26 @@ mod tests {
                 }),
                 "pool a has a worker_memory of 7MiB: give its workers at least 8MiB",
             ),
+            (
+                refusal(|c| {
+                    c.pools = pools(&["a=echo"]);
+                    c.affinity = Affinity::Cpus(vec![0, 1023]);
+                }),
+                "pool a: affinity names CPU 1023, but this process may use only ",
+            ),
+            (
+                refusal(|c| {
+                    c.pools = pools(&["a=echo"]);
+                    c.worker_env = variables(&[("A=B", "")]);
+                }),
+                "pool a: `A=B` is not the name of an environment variable",
+            ),
         ] {
             assert!(found.starts_with(wanted), "{found} / {wanted}");
         }
     }
 
-    #[test]
-    fn a_pool_is_name_workers_and_a_verbatim_handler() {
-        for (text, name, workers, handler) in [
-            ("hash=sha256", "hash", None, "sha256"),
-            ("hash:4=sha256", "hash", Some(4), "sha256"),
-            ("a.b_C-9=exec:sh -c 'x=1; echo \"$x:\"'", "a.b_C-9", None, "exec:sh -c 'x=1; echo \"$x:\"'"),
-            ("x:1= echo ", "x", Some(1), " echo "),
-        ] {
-            let pool = PoolSpec { name: name.into(), workers, handler: handler.into(), ..PoolSpec::default() };
-            assert_eq!(text.parse(), Ok(pool), "{text}");
-        }
-        for text in
-            ["", "hash", "=echo", "hash=", "hash:=echo", "hash:x=echo", "hash:0=echo", "hash:257=echo", "a b=echo"]
-        {
-            assert!(text.parse::<PoolSpec>().is_err(), "{text}");
-        }
-    }
-
     proptest! {
-        #[test]
-        fn what_a_pool_prints_is_read_back(
-            name in "[A-Za-z0-9._-]{1,64}",
-            workers in proptest::option::of(1_u16..=256),
-            handler in "\\PC{1,40}",
-        ) {
-            let pool = PoolSpec { name, workers, handler, ..PoolSpec::default() };
-            prop_assert_eq!(pool.to_string().parse::<PoolSpec>(), Ok(pool));
-        }
-
         #[test]
         fn the_arena_that_a_refusal_names_is_enough_and_no_less(max_message in 4096_u64..=MAX_MESSAGE) {
             let arena = ByteSize::new(4096);

@@ -10,7 +10,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    fs, io,
+    env, fs, io,
     os::{
         fd::{AsFd, BorrowedFd, FromRawFd, OwnedFd, RawFd},
         unix::process::{CommandExt, ExitStatusExt},
@@ -27,6 +27,7 @@ use rustix::{
     event::{EventfdFlags, eventfd},
     io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd, read, retry_on_intr, write},
     process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, WaitOptions},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
 /// Nanoseconds of CLOCK_MONOTONIC, which all processes of a machine share.
@@ -239,6 +240,41 @@ pub fn limit_memory(bytes: u64) -> io::Result<()> {
     Ok(rustix::process::setrlimit(Resource::Data, limit)?)
 }
 
+/// CPUs have numbers below this.
+pub const MAX_CPUS: u16 = CpuSet::MAX_CPU as u16;
+
+/// The CPUs that this process may use, in order.
+pub fn allowed_cpus() -> Vec<u16> {
+    // Fails only if there are more CPUs than a set has room for, and then none can be chosen.
+    let set = sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new());
+    (0..MAX_CPUS).filter(|cpu| set.is_set(usize::from(*cpu))).collect()
+}
+
+/// Keeps this process, and each that it starts, to one CPU.
+pub fn keep_to(cpu: u16) -> io::Result<()> {
+    let mut set = CpuSet::new();
+    if cpu >= MAX_CPUS {
+        return Err(Errno::INVAL.into());
+    }
+    set.set(usize::from(cpu));
+    Ok(sched_setaffinity(None, &set)?)
+}
+
+/// Sets environment variables. Refused unless this process has one thread.
+pub fn set_variables(variables: &[(String, String)]) -> io::Result<()> {
+    if variables.is_empty() {
+        return Ok(());
+    }
+    if threads()?.len() != 1 {
+        return Err(io::Error::other("an environment is not changed under threads that may read it"));
+    }
+    for (name, value) in variables {
+        // SAFETY: nobody reads the environment meanwhile, for there is no other thread, as just checked.
+        unsafe { env::set_var(name, value) };
+    }
+    Ok(())
+}
+
 /// Replaces this process by a command, in which these descriptors are open under the numbers that they have here. Returns
 /// only if that fails.
 pub fn exec(command: &mut Command, inherited: &[&dyn AsFd]) -> io::Error {
@@ -341,6 +377,15 @@ mod tests {
         drop(taken);
         assert!(inherited(number).is_err(), "it is closed");
         assert!(inherited(1).is_err() && inherited(-1).is_err());
+    }
+
+    #[test]
+    fn a_thread_keeps_to_its_cpu() {
+        let last = *allowed_cpus().last().unwrap();
+        // In a thread of its own, whose end it is.
+        let allowed = std::thread::spawn(move || keep_to(last).map(|()| allowed_cpus())).join().unwrap();
+        assert_eq!(allowed.unwrap(), [last]);
+        assert!(keep_to(MAX_CPUS).is_err());
     }
 
     #[test]

@@ -60,12 +60,12 @@ impl Program {
         &self.program
     }
 
-    /// Runs the check, if there is one.
-    pub(crate) fn check(&self) -> io::Result<Option<ExitStatus>> {
+    /// Runs the check, if there is one, with these variables.
+    pub(crate) fn check(&self, variables: Vec<(String, String)>) -> io::Result<Option<ExitStatus>> {
         let Some(arguments) = &self.check else { return Ok(None) };
         // What it prints must not get between what the server prints.
-        let status = Command::new(&self.program).args(arguments).stdin(Stdio::null()).stdout(io::stderr()).status();
-        status.map(Some)
+        let mut command = Command::new(&self.program);
+        command.args(arguments).envs(variables).stdin(Stdio::null()).stdout(io::stderr()).status().map(Some)
     }
 
     /// Whether it is a handler in Python, and the interpreter has not what runs it: another reason for a check to fail.
@@ -133,11 +133,12 @@ mod tests {
     fn a_check_is_run_and_its_status_told() {
         let code = |script: &str| {
             let program = Program::new("sh").checked_with(["-c", script]);
-            program.check().expect("a shell").and_then(|status| status.code())
+            program.check(vec![("CODE".into(), "7".into())]).expect("a shell").and_then(|status| status.code())
         };
         assert_eq!(code("exit 0"), Some(0));
         assert_eq!(code("exit 3"), Some(3));
-        assert_eq!(Program::new("sh").check().expect("nothing to run"), None);
-        assert!(Program::new("/no/such").checked_with(["x"]).check().is_err());
+        assert_eq!(code("exit $CODE"), Some(7));
+        assert_eq!(Program::new("sh").check(Vec::new()).expect("nothing to run"), None);
+        assert!(Program::new("/no/such").checked_with(["x"]).check(Vec::new()).is_err());
     }
 }

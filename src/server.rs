@@ -1,6 +1,7 @@
 //! The server as a library: pools of closures, served until a signal.
 
 use std::{
+    collections::BTreeMap,
     error::Error as _,
     fmt, io,
     net::{SocketAddr, TcpListener},
@@ -13,7 +14,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     builtin::{Builtin, BuiltinError},
-    config::{ByteSize, Config, ConfigError, PoolSpec},
+    config::{Affinity, ByteSize, Config, ConfigError, Place, PoolSpec},
     handler::{Failure, Handler, Item, Reply},
     process::{self, DeadChildren, ForkError},
     program::Program,
@@ -79,6 +80,8 @@ pub struct Pool {
     workers: Option<u16>,
     item_timeout: Option<Duration>,
     worker_memory: Option<ByteSize>,
+    worker_env: BTreeMap<String, String>,
+    affinity: Option<Affinity>,
     work: Work,
 }
 
@@ -102,7 +105,8 @@ impl Pool {
     }
 
     fn of(name: String, work: Work) -> Self {
-        Pool { name, workers: None, item_timeout: None, worker_memory: None, work }
+        let (worker_env, affinity) = (BTreeMap::new(), None);
+        Pool { name, workers: None, item_timeout: None, worker_memory: None, worker_env, affinity, work }
     }
 
     fn program_of(&self) -> Option<&Program> {
@@ -135,6 +139,19 @@ impl Pool {
     /// fails, and that is the worker's death, unless the handler allocates by means that can fail.
     pub fn worker_memory(mut self, memory: ByteSize) -> Self {
         self.worker_memory = Some(memory);
+        self
+    }
+
+    /// An environment variable of its workers, over those in [`Config::worker_env`]; `{worker}` in the value is the worker's
+    /// number in this pool, from 0, as in `CUDA_VISIBLE_DEVICES={worker}`.
+    pub fn worker_env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.worker_env.insert(name.into(), value.into());
+        self
+    }
+
+    /// Which CPU each of its workers keeps to; by default [`Config::affinity`].
+    pub fn affinity(mut self, affinity: Affinity) -> Self {
+        self.affinity = Some(affinity);
         self
     }
 }
@@ -180,8 +197,8 @@ impl Server {
                     _ => return Err(ServerError::Handler { pool: spec.name.clone(), error }),
                 },
             };
-            let PoolSpec { workers, item_timeout, worker_memory, .. } = *spec;
-            Ok(Pool { workers, item_timeout, worker_memory, ..pool })
+            let PoolSpec { workers, item_timeout, worker_memory, worker_env, affinity, .. } = spec.clone();
+            Ok(Pool { workers, item_timeout, worker_memory, worker_env, affinity, ..pool })
         });
         Ok(Server { pools: pools.collect::<Result<_, ServerError>>()?, config })
     }
@@ -228,6 +245,8 @@ impl Server {
                 workers: pool.workers,
                 item_timeout: pool.item_timeout,
                 worker_memory: pool.worker_memory,
+                worker_env: pool.worker_env.clone(),
+                affinity: pool.affinity.clone(),
                 handler: match &pool.work {
                     Work::Handler(_) => "closure".to_owned(),
                     Work::Program(program) => program.to_string(),
@@ -239,19 +258,24 @@ impl Server {
             return Err(ServerError::NoPool);
         }
         self.config.validate()?;
-        for (at, pool) in self.pools.iter().enumerate() {
-            // One check for all pools that run the same.
-            if !self.pools[..at].iter().any(|other| other.program_of() == pool.program_of()) {
-                check(pool)?;
+        let config = &self.config;
+        let places: Vec<_> = config.pools.iter().map(|spec| config.place_of(spec)).collect();
+        let mut checked = Vec::new();
+        for (pool, place) in self.pools.iter().zip(&places) {
+            // One check for all pools that run the same in the same environment.
+            let subject = (pool.program_of(), place.variables(0));
+            if !checked.contains(&subject) {
+                check(pool, place)?;
+                checked.push(subject);
             }
         }
-        let config = &self.config;
-        let pools = self.pools.into_iter().zip(&config.pools).map(|(pool, spec)| PoolPlan {
+        let pools = self.pools.into_iter().zip(places).zip(&config.pools).map(|((pool, place), spec)| PoolPlan {
             name: pool.name,
             workers: config.workers_of(spec),
             work: pool.work,
             item_timeout: config.item_timeout_of(spec),
             memory: config.worker_memory_of(spec).map(ByteSize::bytes),
+            place,
         });
         let pools: Vec<_> = pools.collect();
         let geometry = Geometry {
@@ -299,11 +323,12 @@ impl BoundServer {
     }
 }
 
-/// What is wrong with a pool's program is said before there is a port that clients could reach.
-fn check(pool: &Pool) -> Result<(), ServerError> {
+/// What is wrong with a pool's program is said before there is a port that clients could reach. It is looked at in the
+/// environment of the first worker.
+fn check(pool: &Pool, place: &Place) -> Result<(), ServerError> {
     let Some(program) = pool.program_of() else { return Ok(()) };
     let (pool, handler, name) = (pool.name.clone(), program.to_string(), program.name().display().to_string());
-    match program.check() {
+    match program.check(place.variables(0)) {
         Ok(Some(status)) if !status.success() => Err(match program.lacks_package() {
             true => ServerError::NoPackage { pool, handler, python: name },
             false => ServerError::Check { pool, handler, status },

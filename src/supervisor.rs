@@ -15,12 +15,13 @@
 
 mod crash_loop;
 pub(crate) mod overdue;
+mod spawn;
 
 use std::{
     io,
     mem::take,
     net::TcpListener,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, BorrowedFd},
     os::unix::process::ExitStatusExt,
     process::ExitStatus,
     sync::Arc,
@@ -38,19 +39,16 @@ use rustix::{
 use tonic::Code;
 
 use crate::{
-    config::Config,
-    contract::Contract,
+    config::{Config, Place},
     crash_point::crash_point,
-    dispatch::{self, Bells, DeadLetters, Death, Failure, Front, Left, Topology, Worker, sweep_front, sweep_worker},
-    front,
+    dispatch::{self, Bells, DeadLetters, Death, Failure, Left, Topology, sweep_front, sweep_worker},
     handler::Handler,
-    process::{self, Child, ForkError},
+    process::{Child, ForkError},
     program::Program,
     segment::{Liveness, Segment, SegmentError, SegmentOwner, Slot, Stage},
-    worker,
 };
 use crash_loop::{Record, Verdicts};
-use overdue::{ItemTimer, Timed, Watch};
+use overdue::Watch;
 
 const FORK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -86,6 +84,8 @@ pub struct PoolPlan {
     pub item_timeout: Option<Duration>,
     /// How many bytes of memory a worker may have.
     pub memory: Option<u64>,
+    /// Where they run.
+    pub place: Place,
 }
 
 /// What the workers of a pool run.
@@ -252,107 +252,6 @@ impl Supervisor {
 
     fn start(&mut self) -> Result<(), SupervisorError> {
         (0..self.seats.len()).try_for_each(|seat| self.spawn(seat))
-    }
-
-    /// Forks the participant of a seat.
-    fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
-        let Supervisor { config, owner, topology, bells, listener, pools, seats, watch, is_open, .. } = self;
-        seats[at].restart_at = None;
-        let Seat { slot, ref name, .. } = seats[at];
-        let supervisor = std::process::id();
-        let child = process::fork(&name.clone(), || {
-            owner.disown();
-            // The others are not its children.
-            seats.iter_mut().for_each(|seat| seat.child = None);
-            if let Slot::Worker(number) = slot
-                && let Some(pool) = topology.pool_of(number)
-                && let PoolPlan { name, work: Work::Program(program), memory, .. } = &pools[usize::from(pool)]
-            {
-                let layout = owner.layout();
-                let (front_bells, worker_bells, end_bell) = bells.numbers();
-                let timer = watch.timer(number);
-                let contract = Contract {
-                    segment: owner.object().as_raw_fd(),
-                    front_bells,
-                    worker_bells,
-                    end_bell,
-                    item_timer: timer.map(ItemTimer::to_parts),
-                    is_open: *is_open,
-                    spin: config.spin.to_string(),
-                    max_message: config.max_message.bytes(),
-                    pool: name.clone(),
-                    ..Contract::new(supervisor, owner.name(), number, topology.counts(), layout)
-                };
-                let object: &dyn AsFd = owner.object();
-                let timer = timer.map(|timer| timer as &dyn AsFd);
-                let inherited: Vec<_> = bells.fds().chain([object]).chain(timer).collect();
-                let error = match memory.map_or(Ok(()), process::limit_memory) {
-                    Ok(()) => program.exec(&contract, &inherited),
-                    Err(error) => error,
-                };
-                tracing::error!(%error, program = %program.name().display(), "cannot run a worker's program");
-                return EXIT_HOPELESS;
-            }
-            let segment = match Segment::attach_by(*owner.layout(), owner.object(), owner.name(), slot) {
-                // For as long as the process lives.
-                Ok(segment) => &*Box::leak(Box::new(segment)),
-                Err(error) => {
-                    tracing::error!(%error, "cannot attach to the segment");
-                    return EXIT_HOPELESS;
-                }
-            };
-            if !*is_open {
-                segment.pass_gate();
-            }
-            let (topology, bells) = (topology.clone(), bells.clone());
-            let ended = match slot {
-                Slot::Worker(number) => {
-                    let Some(mut worker) = Worker::attach(segment, topology.clone(), bells, number) else {
-                        return EXIT_HOPELESS;
-                    };
-                    crash_point!("worker.attached");
-                    let pool = &mut pools[topology.pool_of(number).map_or(0, usize::from)];
-                    let most = config.max_message.bytes() as usize;
-                    let Work::Handler(handler) = &mut pool.work else {
-                        // It has become another program above.
-                        return EXIT_HOPELESS;
-                    };
-                    pool.memory.map_or(Ok(()), process::limit_memory).and_then(|()| match watch.timer(number) {
-                        None => worker::run(&mut worker, &mut **handler, config.spin, most),
-                        Some(timer) => {
-                            let mut timed = Timed::new(&mut **handler, timer);
-                            worker::run(&mut worker, &mut timed, config.spin, most)
-                        }
-                    })
-                }
-                Slot::Front(number) => {
-                    let names = pools.iter().map(|pool| pool.name.clone()).collect();
-                    let (front, adopted) = Front::attach(segment, topology, bells.clone(), number);
-                    crash_point!("front.attached");
-                    front::run(front, adopted, bells.front(number), listener, names, config)
-                }
-                Slot::Supervisor => Ok(()),
-            };
-            match ended {
-                Ok(()) => 0,
-                Err(error) => {
-                    tracing::error!(%error, "cannot go on");
-                    EXIT_HOPELESS
-                }
-            }
-        })?;
-        crash_point!("supervisor.forked");
-        let seat = &mut seats[at];
-        tracing::debug!(process = seat.name, pid = child.pid(), "started");
-        seat.record.begin(Instant::now());
-        seat.child = Some(child);
-        self.segment.set_liveness(slot, seat.liveness());
-        crash_point!("supervisor.registered");
-        if let Slot::Worker(_) = slot {
-            // The front computes the pools' health from the registry.
-            self.ring_fronts();
-        }
-        Ok(())
     }
 
     fn ring_fronts(&self) {

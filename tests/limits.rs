@@ -304,13 +304,18 @@ fn what_is_sent_to_a_pool_in_a_crash_loop_waits_for_its_end() {
 }
 
 #[test]
-fn limits_of_pools_that_are_not_there_are_refused() {
+fn what_workers_cannot_have_is_refused() {
     run(async {
         for (args, says) in [
             (["--item-timeout", "b=1s"], "--item-timeout b=…: there is no pool `b`"),
             (["--item-timeout", "soon"], "`soon` is not a duration"),
             (["--worker-memory", "a=1x"], "`1x` is not a size"),
             (["--worker-memory", "1MiB"], "pool a has a worker_memory of 1MiB: give its workers at least 8MiB"),
+            (["--worker-env", "b:A=1"], "--worker-env b:A=…: there is no pool `b`"),
+            (["--worker-env", "A"], "`A` is not a variable: give [POOL:]NAME=VALUE"),
+            (["--affinity", "b=auto"], "--affinity b=…: there is no pool `b`"),
+            (["--affinity", "3-1"], "`3-1` is not an affinity: give auto, off, or CPUs such as 0-3,8"),
+            (["--affinity", "1023"], "pool a: affinity names CPU 1023, but this process may use only "),
         ] {
             let name = common::server::unique_name();
             let mut command = common::server::serve_command(&name, &["--pool", "a=echo"]);

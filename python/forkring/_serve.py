@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, Callable, Optional
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Optional, Union
 
 from forkring._core import main
 
@@ -14,20 +15,28 @@ def serve(
     workers: Optional[int] = None,
     listen: Optional[str] = None,
     name: Optional[str] = None,
+    worker_env: Optional[Mapping[str, str]] = None,
+    affinity: Union[str, Iterable[int], None] = None,
     options: tuple[str, ...] = (),
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, each handler in a pool of its own name.
 
     A handler is a function or class at the top of a module: workers are fresh processes that import it. In a script, call
-    this under `if __name__ == "__main__":`, and before anything that starts threads. `options` are more of `forkring
-    serve`'s. What is wrong is said on stderr, and is a SystemExit.
+    this under `if __name__ == "__main__":`, and before anything that starts threads. `worker_env` are environment
+    variables of workers, `{worker}` in a value being the worker's number in its pool; `affinity` is "auto" or the CPUs that
+    are dealt out to a pool's workers in turn. `options` are more of `forkring serve`'s. What is wrong is said on stderr,
+    and is a SystemExit.
     """
     if not handlers:
         raise TypeError("serve() takes at least one handler")
     arguments = ["forkring", "serve", *options]
-    for option, value in (("--workers", workers), ("--listen", listen), ("--name", name)):
+    if affinity is not None and not isinstance(affinity, str):
+        affinity = ",".join(map(str, affinity))
+    for option, value in (("--workers", workers), ("--listen", listen), ("--name", name), ("--affinity", affinity)):
         if value is not None:
             arguments += [option, str(value)]
+    for variable, text in (worker_env or {}).items():
+        arguments += ["--worker-env", f"{variable}={text}"]
     for handler in handlers:
         spec, attribute = _spec(handler)
         arguments += ["--pool", f"{attribute}={spec}"]

@@ -116,11 +116,26 @@ def test_a_script_serves_its_own_functions(tmp_path):
         assert server.call("whisper", "Hello") == "hello"
 
 
+def test_workers_have_their_environment_and_cpu(tmp_path):
+    cpu = min(os.sched_getaffinity(0))
+    (tmp_path / "app.py").write_text(
+        "import os, forkring\n\nAT_IMPORT = os.environ['DEVICE']\n\ndef tell(item):\n"
+        "    return f\"{AT_IMPORT} {os.environ['MODE']} {os.sched_getaffinity(0)}\"\n\nif __name__ == '__main__':\n"
+        "    os.environ['DEVICE'] = 'none'\n"
+        "    variables = {'DEVICE': 'gpu{worker}', 'MODE': 'a, b=c'}\n"
+        f"    forkring.serve(tell, workers=1, listen='127.0.0.1:0', name='start-{os.getpid()}',\n"
+        f"                   worker_env=variables, affinity=[{cpu}])\n"
+    )
+    with Started(sys.executable, "app.py", folder=tmp_path, DEVICE="none") as server:
+        assert server.call("tell", "?") == f"gpu0 a, b=c {{{cpu}}}"
+
+
 def test_serve_refuses_what_workers_cannot_import(tmp_path):
     for handler, says in [
         ("lambda item: b''", "cannot be imported by workers"),
         ("7", "cannot be imported by workers"),
         ("handle, workers=0", "workers is 0"),
+        ("handle, affinity=[]", "`` is not an affinity"),
     ]:
         (tmp_path / "app.py").write_text(
             f"import forkring\n\ndef handle(item): pass\n\nif __name__ == '__main__':\n    forkring.serve({handler})\n"

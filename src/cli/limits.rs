@@ -1,7 +1,7 @@
-//! Limits of a pool's workers on the command line: `--item-timeout 30s` for all pools, `--item-timeout hash=5s` for one.
-//! A pool's name has neither `=` nor `,`, so several fit in one environment variable.
+//! Options of a pool's workers on the command line: `--item-timeout 30s` for all pools, `--item-timeout hash=5s` for one.
+//! A pool's name has neither `=` nor `:` nor `,`, and no value has a line's end: so several fit in one environment variable.
 
-use crate::config::{Config, InvalidValue, PoolSpec};
+use crate::config::{Config, InvalidValue, PoolSpec, Variable};
 
 use super::BadUsage;
 
@@ -36,10 +36,25 @@ pub fn lay<T>(
             *all(config) = value;
             continue;
         };
-        let Some(pool) = config.pools.iter_mut().find(|pool| pool.name == name) else {
-            return Err(BadUsage(format!("{option} {name}=…: there is no pool `{name}`; name one that is there")));
-        };
-        *one(pool) = Some(value);
+        *one(pool_of(config, &name, || format!("{option} {name}=…"))?) = Some(value);
     }
     Ok(())
+}
+
+/// Lays variables over those of a configuration that has its pools.
+pub fn lay_variables(variables: Vec<Variable>, config: &mut Config) -> Result<(), BadUsage> {
+    for Variable { pool, name, value } in variables {
+        let to = match pool {
+            None => &mut config.worker_env,
+            Some(pool) => &mut pool_of(config, &pool, || format!("--worker-env {pool}:{name}=…"))?.worker_env,
+        };
+        to.insert(name, value);
+    }
+    Ok(())
+}
+
+/// The pool of this name; `option` is what named it.
+fn pool_of<'c>(config: &'c mut Config, name: &str, option: impl Fn() -> String) -> Result<&'c mut PoolSpec, BadUsage> {
+    let unknown = || BadUsage(format!("{}: there is no pool `{name}`; name one that is there", option()));
+    config.pools.iter_mut().find(|pool| pool.name == name).ok_or_else(unknown)
 }

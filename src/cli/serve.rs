@@ -19,7 +19,9 @@ use super::{
     limits::{self, Limit},
 };
 use crate::{
-    config::{ByteSize, Config, InvalidValue, LogFormat, PoolSpec, Spin, parse_duration, parse_listen},
+    config::{
+        Affinity, ByteSize, Config, InvalidValue, LogFormat, PoolSpec, Spin, Variable, parse_duration, parse_listen,
+    },
     server::Server,
 };
 
@@ -126,6 +128,15 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_WORKER_MEMORY", value_name = "[POOL=]SIZE", value_delimiter = ',', value_parser = memory)]
     worker_memory: Vec<Limit<ByteSize>>,
 
+    /// An environment variable of workers, {worker} being the worker's number in its pool; repeatable: of one pool, or of all
+    #[arg(long, env = "FORKRING_WORKER_ENV", value_name = "[POOL:]NAME=VALUE", value_delimiter = '\n')]
+    worker_env: Vec<Variable>,
+
+    /// Which CPU each worker keeps to: auto (one after the other), off, or a list such as 0-3,8 that is dealt out in turn;
+    /// repeatable: of one pool, or of all others [default: off]
+    #[arg(long, env = "FORKRING_AFFINITY", value_name = "[POOL=]CPUS", value_delimiter = '\n', value_parser = affinity)]
+    affinity: Vec<Limit<Affinity>>,
+
     /// Submitted items that may be pending or wait for subscribers [default: half the capacity]
     #[arg(long, env = "FORKRING_OUTBOX", value_name = "ITEMS")]
     outbox: Option<u32>,
@@ -213,6 +224,8 @@ impl ServeArgs {
             |all| &mut all.worker_memory,
             |one| &mut one.worker_memory,
         )?;
+        limits::lay("--affinity", self.affinity, &mut config, |all| &mut all.affinity, |one| &mut one.affinity)?;
+        limits::lay_variables(self.worker_env, &mut config)?;
         config.validate()?;
         Ok(config)
     }
@@ -223,6 +236,10 @@ fn timeout(text: &str) -> Result<Limit<Duration>, InvalidValue> {
 }
 
 fn memory(text: &str) -> Result<Limit<ByteSize>, InvalidValue> {
+    Limit::parse(text, str::parse)
+}
+
+fn affinity(text: &str) -> Result<Limit<Affinity>, InvalidValue> {
     Limit::parse(text, str::parse)
 }
 
@@ -312,6 +329,8 @@ mod tests {
             dead_letters: ByteSize::mib(3),
             item_timeout: Duration::from_secs(3),
             worker_memory: ByteSize::mib(64),
+            worker_env: [("A".into(), "{worker}".into())].into(),
+            affinity: Affinity::Auto,
             grace: Duration::from_secs(1),
             outbox: Some(6),
             max_connections: 8,
@@ -337,6 +356,8 @@ mod tests {
             dead_letters: Some(ByteSize::mib(3)),
             item_timeout: vec![timeout("3s").expect("the test's own limit")],
             worker_memory: vec![memory("64MiB").expect("the test's own limit")],
+            worker_env: vec!["A={worker}".parse().expect("the test's own variable")],
+            affinity: vec![affinity("auto").expect("the test's own limit")],
             outbox: Some(6),
             max_connections: Some(8),
             body_timeout: Some(wanted.body_timeout),
@@ -383,6 +404,21 @@ mod tests {
         assert!(error.is::<BadUsage>() && error.to_string().starts_with("--item-timeout c=…: there is no pool `c`"));
         assert!(timeout("a=b=1s").is_err() && timeout("a=").is_err() && memory("a=1x").is_err());
         assert!(config(&["=1s"]).is_err());
+    }
+
+    #[test]
+    fn variables_are_of_one_pool_or_of_all() {
+        let config = |given: &[&str]| {
+            let worker_env = given.iter().map(|text| text.parse().expect("the test's own variable")).collect();
+            let pool = vec![pool("a=echo"), pool("b=echo")];
+            ServeArgs { pool, worker_env, ..Default::default() }.into_config(None)
+        };
+        let given = config(&["A=all", "b:A=one", "b:B={worker}"]).expect("a good configuration");
+        let variables = given.pools.iter().map(|pool| given.place_of(pool).variables(2)).collect::<Vec<_>>();
+        let pair = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        assert_eq!(variables, [vec![pair("A", "all")], vec![pair("A", "one"), pair("B", "2")]]);
+        let error = config(&["c:A=1"]).expect_err("no such pool");
+        assert!(error.is::<BadUsage>() && error.to_string().starts_with("--worker-env c:A=…: there is no pool `c`"));
     }
 
     #[test]

@@ -98,6 +98,24 @@ pub enum ConfigError {
         /// What it was.
         memory: ByteSize,
     },
+    /// What cannot be set in an environment.
+    #[error("pool {pool}: `{name}` is not the name of an environment variable, or its value has a zero byte")]
+    Variable {
+        /// Which pool.
+        pool: String,
+        /// The name.
+        name: String,
+    },
+    /// A CPU that is not there or that the process is kept from.
+    #[error("pool {pool}: affinity names CPU {cpu}, but this process may use only {allowed}")]
+    Cpu {
+        /// Which pool.
+        pool: String,
+        /// Which CPU.
+        cpu: u16,
+        /// What would do.
+        allowed: String,
+    },
     /// Two pools of one name.
     #[error("pool {0} is there twice: rename one of the two")]
     DuplicatePool(String),

@@ -196,7 +196,7 @@ impl fmt::Display for LogFormat {
 }
 
 /// Reads a string with `parse`. A bare number is read as if it were in quotes: `arena = 4096` is as good as `"4096"`.
-fn from_text<'de, D, T>(source: D, parse: fn(&str) -> Result<T, InvalidValue>) -> Result<T, D::Error>
+pub(super) fn from_text<'de, D, T>(source: D, parse: fn(&str) -> Result<T, InvalidValue>) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
 {

@@ -1,0 +1,147 @@
+//! Forking, and what the children do: each becomes the participant of its seat.
+
+use std::{
+    io,
+    os::fd::{AsFd, AsRawFd},
+    time::Instant,
+};
+
+use super::{
+    EXIT_HOPELESS, PoolPlan, Seat, Supervisor, SupervisorError, Work,
+    overdue::{ItemTimer, Timed},
+};
+use crate::{
+    contract::Contract,
+    crash_point::crash_point,
+    dispatch::{Front, Worker},
+    front, process,
+    program::Program,
+    segment::{Segment, Slot},
+    worker,
+};
+
+impl Supervisor {
+    /// Forks the participant of a seat.
+    pub(super) fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
+        self.seats[at].restart_at = None;
+        let Seat { slot, ref name, .. } = self.seats[at];
+        let supervisor = std::process::id();
+        let child = process::fork(&name.clone(), || {
+            self.owner.disown();
+            // The others are not its children.
+            self.seats.iter_mut().for_each(|seat| seat.child = None);
+            self.participate(slot, supervisor)
+        })?;
+        crash_point!("supervisor.forked");
+        let seat = &mut self.seats[at];
+        tracing::debug!(process = seat.name, pid = child.pid(), "started");
+        seat.record.begin(Instant::now());
+        seat.child = Some(child);
+        self.segment.set_liveness(slot, seat.liveness());
+        crash_point!("supervisor.registered");
+        if let Slot::Worker(_) = slot {
+            // The front computes the pools' health from the registry.
+            self.ring_fronts();
+        }
+        Ok(())
+    }
+
+    /// The child's life. The result is its exit code.
+    fn participate(&mut self, slot: Slot, supervisor: u32) -> u8 {
+        if let Slot::Worker(number) = slot {
+            let pool = &self.pools[self.topology.pool_of(number).map_or(0, usize::from)];
+            let first = self.topology.pool_of(number).map_or(0, |pool| self.topology.workers(pool).0);
+            if let Err(error) = settle_in(pool, number - first) {
+                tracing::error!(%error, pool = pool.name, "cannot set up a worker");
+                return EXIT_HOPELESS;
+            }
+            if let Work::Program(program) = &pool.work {
+                let error = self.become_program(program, &self.contract(number, pool, supervisor));
+                tracing::error!(%error, program = %program.name().display(), "cannot run a worker's program");
+                return EXIT_HOPELESS;
+            }
+        }
+        let (layout, name) = (*self.owner.layout(), self.owner.name());
+        let segment = match Segment::attach_by(layout, self.owner.object(), name, slot) {
+            // For as long as the process lives.
+            Ok(segment) => &*Box::leak(Box::new(segment)),
+            Err(error) => {
+                tracing::error!(%error, "cannot attach to the segment");
+                return EXIT_HOPELESS;
+            }
+        };
+        if !self.is_open {
+            segment.pass_gate();
+        }
+        let ended = match slot {
+            Slot::Worker(number) => self.work(segment, number),
+            Slot::Front(number) => {
+                let names = self.pools.iter().map(|pool| pool.name.clone()).collect();
+                let (front, adopted) = Front::attach(segment, self.topology.clone(), self.bells.clone(), number);
+                crash_point!("front.attached");
+                front::run(front, adopted, self.bells.front(number), &self.listener, names, &self.config)
+            }
+            Slot::Supervisor => Ok(()),
+        };
+        match ended {
+            Ok(()) => 0,
+            Err(error) => {
+                tracing::error!(%error, "cannot go on");
+                EXIT_HOPELESS
+            }
+        }
+    }
+
+    /// What a worker's program is told.
+    fn contract(&self, number: u16, pool: &PoolPlan, supervisor: u32) -> Contract {
+        let (front_bells, worker_bells, end_bell) = self.bells.numbers();
+        let contract =
+            Contract::new(supervisor, self.owner.name(), number, self.topology.counts(), self.owner.layout());
+        Contract {
+            segment: self.owner.object().as_raw_fd(),
+            front_bells,
+            worker_bells,
+            end_bell,
+            item_timer: self.watch.timer(number).map(ItemTimer::to_parts),
+            is_open: self.is_open,
+            spin: self.config.spin.to_string(),
+            max_message: self.config.max_message.bytes(),
+            pool: pool.name.clone(),
+            ..contract
+        }
+    }
+
+    /// Returns only if it fails.
+    fn become_program(&self, program: &Program, contract: &Contract) -> io::Error {
+        let object: &dyn AsFd = self.owner.object();
+        let timer = self.watch.timer(contract.worker).map(|timer| timer as &dyn AsFd);
+        let inherited: Vec<_> = self.bells.fds().chain([object]).chain(timer).collect();
+        program.exec(contract, &inherited)
+    }
+
+    /// A forked worker's life.
+    fn work(&mut self, segment: &'static Segment, number: u16) -> io::Result<()> {
+        let pool = self.topology.pool_of(number).map_or(0, usize::from);
+        let worker = Worker::attach(segment, self.topology.clone(), self.bells.clone(), number);
+        let Some(mut worker) = worker else { return Err(io::Error::other("there is no such worker")) };
+        crash_point!("worker.attached");
+        let Work::Handler(handler) = &mut self.pools[pool].work else {
+            return Err(io::Error::other("the worker is a program's"));
+        };
+        let most = self.config.max_message.bytes() as usize;
+        match self.watch.timer(number) {
+            None => worker::run(&mut worker, &mut **handler, self.config.spin, most),
+            Some(timer) => {
+                let mut timed = Timed::new(&mut **handler, timer);
+                worker::run(&mut worker, &mut timed, self.config.spin, most)
+            }
+        }
+    }
+}
+
+/// Environment, CPU and memory of the worker with this number in its pool.
+fn settle_in(pool: &PoolPlan, number: u16) -> io::Result<()> {
+    process::set_variables(&pool.place.variables(number))?;
+    pool.place.cpu(number).map_or(Ok(()), process::keep_to)?;
+    pool.memory.map_or(Ok(()), process::limit_memory)
+}
