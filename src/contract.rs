@@ -38,6 +38,8 @@ pub(crate) struct Contract {
     pub front_bells: Vec<RawFd>,
     pub worker_bells: Vec<RawFd>,
     pub end_bell: RawFd,
+    /// The bell, an eventfd, that the worker rings when it has attached: from then on its pool may count on it.
+    pub arrival: RawFd,
     /// The timer of an item's timeout and its nanoseconds, if there is one.
     pub item_timer: Option<(RawFd, u64)>,
     /// Whether the start gate was opened before: it is not looked at again.
@@ -77,6 +79,7 @@ impl Contract {
             front_bells: Vec::new(),
             worker_bells: Vec::new(),
             end_bell: -1,
+            arrival: -1,
             item_timer: None,
             is_open: false,
             spin: String::new(),
@@ -92,7 +95,7 @@ impl Contract {
     /// The numbers of all descriptors.
     pub fn fds(&self) -> impl Iterator<Item = RawFd> {
         let bells = self.front_bells.iter().chain(&self.worker_bells).copied();
-        bells.chain([self.segment, self.end_bell]).chain(self.item_timer.map(|(fd, _)| fd))
+        bells.chain([self.segment, self.end_bell, self.arrival]).chain(self.item_timer.map(|(fd, _)| fd))
     }
 
     /// What the variable is set to.
@@ -132,6 +135,7 @@ mod tests {
             front_bells: vec![4],
             worker_bells: vec![5, 6],
             end_bell: 7,
+            arrival: 8,
             spin: "auto".to_owned(),
             max_message: 1 << 20,
             ..Contract::new(7, "forkring", 1, vec![1, 1], &layout)

@@ -175,11 +175,13 @@ impl Attached {
             .item_timer
             .map(|(fd, limit)| Ok::<_, io::Error>(ItemTimer::of(take(fd)?, Duration::from_nanos(limit))));
         let timers = item_timer.transpose()?.map(Timers::new);
+        let arrival = Bell::from(take(contract.arrival)?);
         if !contract.is_open {
             segment.pass_gate();
         }
         let worker = Worker::attach(segment, topology, bells, contract.worker).ok_or(AttachError::Mismatch)?;
         let max_message = usize::try_from(contract.max_message).map_err(|_| AttachError::Mismatch)?;
+        arrival.ring()?;
         Ok(Attached {
             worker,
             timers,

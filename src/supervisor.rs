@@ -5,6 +5,8 @@
 //! - It sleeps in one `poll` over pidfds and a signalfd, with a timer only while a restart or a drain is due.
 //! - On a death: the pidfd is readable (the proof) → sweep → only then `waitid`, so that the pid cannot be reused while
 //!   the sweep relies on it.
+//! - A worker that is a program counts as one that serves once it has attached, and says so by its own bell: while it
+//!   imports what it needs, its pool may not be ready.
 //! - A process that dies is replaced; one that keeps dying soon after its start is replaced ever more slowly, and a pool of
 //!   such workers does not serve (`crash_loop`).
 //! - A worker that takes too long for an item is ended (`overdue`).
@@ -42,6 +44,7 @@ use crate::{
     config::{Config, Place},
     crash_point::crash_point,
     dispatch::{self, Bells, DeadLetters, Death, Failure, Left, Topology, sweep_front, sweep_worker},
+    doorbell::Bell,
     handler::Handler,
     process::{Child, ForkError},
     program::Program,
@@ -129,6 +132,20 @@ struct Seat {
     child: Option<Child>,
     restart_at: Option<Instant>,
     record: Record,
+    /// What a worker that is a program rings when it has attached.
+    arrival: Option<Bell>,
+}
+
+/// What the supervisor was woken by.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Event {
+    Signal,
+    /// In this seat.
+    Death(usize),
+    /// The same.
+    Arrival(usize),
+    /// An item is over its time.
+    Overdue,
 }
 
 impl Seat {
@@ -136,6 +153,7 @@ impl Seat {
     fn liveness(&self) -> Liveness {
         match &self.child {
             Some(child) if self.record.is_failing() => Liveness::Failing(child.pid()),
+            Some(child) if !self.record.has_arrived() => Liveness::Starting(child.pid()),
             Some(child) => Liveness::Live(child.pid()),
             None => Liveness::Free,
         }
@@ -143,7 +161,7 @@ impl Seat {
 
     /// When its process will have stayed up, if that is doubted.
     fn settles_at(&self) -> Option<Instant> {
-        (self.child.is_some() && self.record.is_failing()).then(|| self.record.settles_at())
+        (self.child.is_some() && self.record.is_failing()).then(|| self.record.settles_at())?
     }
 }
 
@@ -182,16 +200,23 @@ impl Supervisor {
         let topology = Topology::new(pools.iter().map(|pool| pool.workers));
         let workers = segment.geometry().workers as u16;
         let bells = Bells::new(1, workers)?;
-        let seat = |slot, name| Seat {
+        let seat = |slot, name, arrival| Seat {
             slot,
             name,
             child: None,
             restart_at: Some(Instant::now()),
-            record: Record::new(Instant::now()),
+            record: Record::new(),
+            arrival,
         };
         // Workers first, so that the front finds them there.
-        let mut seats: Vec<_> = (0..workers).map(|n| seat(Slot::Worker(n), format!("forkring-w{n}"))).collect();
-        seats.push(seat(Slot::Front(0), "forkring-front".to_owned()));
+        let mut seats = Vec::new();
+        for n in 0..workers {
+            let pool = topology.pool_of(n).and_then(|pool| pools.get(usize::from(pool)));
+            let is_program = pool.is_some_and(|pool| matches!(pool.work, Work::Program(_)));
+            let arrival = is_program.then(Bell::pollable).transpose()?;
+            seats.push(seat(Slot::Worker(n), format!("forkring-w{n}"), arrival));
+        }
+        seats.push(seat(Slot::Front(0), "forkring-front".to_owned(), None));
         let letters = DeadLetters::new(pools.iter().map(|pool| pool.name.clone()).collect());
         let timeouts = pools.iter().flat_map(|pool| (0..pool.workers).map(|_| pool.item_timeout));
         let watch = Watch::new(timeouts)?;
@@ -299,8 +324,8 @@ impl Supervisor {
 
             let next = self.seats.iter().filter_map(|seat| seat.restart_at.or_else(|| seat.settles_at()));
             let next = next.chain(give_up_at).chain(self.watch.due()).min();
-            let (signalled, dead) = self.sleep(signals, next)?;
-            if signalled {
+            let events = self.sleep(signals, next)?;
+            if events.contains(&Event::Signal) && signals.fd.read_signal().map_err(io::Error::from)?.is_some() {
                 if stage != Stage::Serving {
                     tracing::warn!("a second signal: stopping at once");
                     return Ok(());
@@ -310,8 +335,13 @@ impl Supervisor {
                 give_up_at = Instant::now().checked_add(self.config.grace);
                 self.enter(stage);
             }
-            for at in dead {
-                self.bury(at, stage)?;
+            for event in events {
+                match event {
+                    Event::Death(at) => self.bury(at, stage)?,
+                    Event::Arrival(at) => self.welcome(at)?,
+                    // Seen to above, in each turn.
+                    Event::Signal | Event::Overdue => {}
+                }
             }
         }
     }
@@ -343,13 +373,18 @@ impl Supervisor {
         self.seats.iter().filter(|seat| of(seat.slot)).all(|seat| seat.child.is_none() && seat.restart_at.is_none())
     }
 
-    /// Sleeps until a signal, a death or a time; whether there was a signal, and the seats of the dead.
-    fn sleep(&self, signals: &Signals, until: Option<Instant>) -> io::Result<(bool, Vec<usize>)> {
-        let alive = self.seats.iter().enumerate().filter_map(|(at, seat)| Some((at, seat.child.as_ref()?)));
-        let (at, fds): (Vec<_>, Vec<BorrowedFd<'_>>) = alive.map(|(at, child)| (at, child.pidfd.as_fd())).unzip();
-        let others = [signals.fd.as_fd()].into_iter().chain(self.watch.fds());
-        let mut polls: Vec<_> =
-            fds.into_iter().chain(others).map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)).collect();
+    /// Sleeps until something happens or it is time; what has happened.
+    fn sleep(&self, signals: &Signals, until: Option<Instant>) -> io::Result<Vec<Event>> {
+        let mut fds: Vec<(Event, BorrowedFd<'_>)> = vec![(Event::Signal, signals.fd.as_fd())];
+        for (at, seat) in self.seats.iter().enumerate() {
+            let Some(child) = &seat.child else { continue };
+            fds.push((Event::Death(at), child.pidfd.as_fd()));
+            if let Some(bell) = seat.arrival.as_ref().filter(|_| !seat.record.has_arrived()) {
+                fds.push((Event::Arrival(at), bell.as_fd()));
+            }
+        }
+        fds.extend(self.watch.fds().map(|fd| (Event::Overdue, fd)));
+        let mut polls: Vec<_> = fds.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
         // Rounded up, so that what is due is due.
         let timeout = until.map(|until| until.saturating_duration_since(Instant::now()) + Duration::from_millis(1));
         let timeout = timeout.and_then(|timeout| timeout.try_into().ok());
@@ -357,9 +392,20 @@ impl Supervisor {
             Ok(_) | Err(Errno::INTR) => {}
             Err(error) => return Err(error.into()),
         }
-        let dead = at.iter().zip(&polls).filter(|(_, poll)| !poll.revents().is_empty()).map(|(&at, _)| at).collect();
-        let signalled = signals.fd.read_signal().map_err(io::Error::from)?.is_some();
-        Ok((signalled, dead))
+        let happened = fds.iter().zip(&polls).filter(|(_, poll)| !poll.revents().is_empty());
+        Ok(happened.map(|((event, _), _)| *event).collect())
+    }
+
+    /// A program has attached: its pool may count on it.
+    fn welcome(&mut self, at: usize) -> io::Result<()> {
+        let seat = &mut self.seats[at];
+        if let (Some(_), Some(bell)) = (&seat.child, &seat.arrival) {
+            bell.drain()?;
+            seat.record.arrive(Instant::now());
+            self.segment.set_liveness(seat.slot, seat.liveness());
+            self.ring_fronts();
+        }
+        Ok(())
     }
 
     /// After the proof of death: sweep, reap, and see to a successor.

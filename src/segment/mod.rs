@@ -139,6 +139,8 @@ pub enum Stage {
 pub enum Liveness {
     /// Nobody is in the slot.
     Free,
+    /// The process with this pid is, and has not attached yet.
+    Starting(u32),
     /// The process with this pid is.
     Live(u32),
     /// The process with this pid is, and those before it kept dying soon after their start: do not count on it.
@@ -150,7 +152,7 @@ pub enum Liveness {
 /// One line of the registry. Written by the supervisor.
 #[repr(C)]
 struct Registration {
-    /// 0 free, 1 live, 2 dead, 3 live and failing.
+    /// 0 free, 1 live, 2 dead, 3 live and failing, 4 starting.
     state: AtomicU32,
     pid: AtomicU32,
     start: AtomicU64,
@@ -390,6 +392,7 @@ impl Segment {
             0 => Liveness::Free,
             1 => Liveness::Live(line.pid.load(Relaxed)),
             3 => Liveness::Failing(line.pid.load(Relaxed)),
+            4 => Liveness::Starting(line.pid.load(Relaxed)),
             _ => Liveness::Dead,
         }
     }
@@ -399,11 +402,15 @@ impl Segment {
         let line = self.registration(slot);
         let state = match liveness {
             Liveness::Free => 0,
-            Liveness::Live(pid) | Liveness::Failing(pid) => {
+            Liveness::Live(pid) | Liveness::Failing(pid) | Liveness::Starting(pid) => {
                 line.pid.store(pid, Relaxed);
                 // Unreadable only if the process is gone already, and then its death is about to be seen.
                 line.start.store(process::start_time(pid).unwrap_or(0), Relaxed);
-                if liveness == Liveness::Live(pid) { 1 } else { 3 }
+                match liveness {
+                    Liveness::Starting(_) => 4,
+                    Liveness::Failing(_) => 3,
+                    _ => 1,
+                }
             }
             Liveness::Dead => 2,
         };

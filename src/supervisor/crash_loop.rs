@@ -5,7 +5,7 @@
 //!
 //! - A pool whose every worker has died [`FAILING`] times in a row soon after its start is NOT_SERVING, and stays so
 //!   however often its workers are started: a worker of a crash loop counts as one that serves only when it has stayed
-//!   up for [`SETTLED`]. Then the pool serves again, by itself.
+//!   up for [`SETTLED`] after it attached. Then the pool serves again, by itself.
 //! - Either is logged once.
 //!
 //! Why that holds: the registry says of such a worker that it is failing instead of live
@@ -16,7 +16,7 @@
 
 use std::time::{Duration, Instant};
 
-/// A process that lived this long was not killed by its own start.
+/// A process that lived this long after it had attached was not killed by its own start.
 const SETTLED: Duration = Duration::from_secs(1);
 /// So many deaths before that in a row are a crash loop.
 const FAILING: u32 = 5;
@@ -26,24 +26,36 @@ const MAX_BACKOFF: Duration = Duration::from_secs(10);
 /// How the processes of one seat have fared.
 #[derive(Debug)]
 pub struct Record {
-    started: Instant,
+    /// When the present process attached; none, if it has not, as while a program still imports what it needs.
+    arrived: Option<Instant>,
     quick_deaths: u32,
 }
 
 impl Record {
     /// Of a seat that nobody was in.
-    pub fn new(now: Instant) -> Self {
-        Record { started: now, quick_deaths: 0 }
+    pub fn new() -> Self {
+        Record { arrived: None, quick_deaths: 0 }
     }
 
     /// A process was started.
-    pub fn begin(&mut self, now: Instant) {
-        self.started = now;
+    pub fn begin(&mut self) {
+        self.arrived = None;
+    }
+
+    /// It has attached.
+    pub fn arrive(&mut self, now: Instant) {
+        self.arrived = Some(now);
+    }
+
+    /// Whether it has.
+    pub fn has_arrived(&self) -> bool {
+        self.arrived.is_some()
     }
 
     /// It died; how long to wait before the next is started.
     pub fn end(&mut self, now: Instant) -> Duration {
-        self.quick_deaths = if now < self.started + SETTLED { self.quick_deaths.saturating_add(1) } else { 0 };
+        let stayed = self.arrived.is_some_and(|arrived| arrived + SETTLED <= now);
+        self.quick_deaths = if stayed { 0 } else { self.quick_deaths.saturating_add(1) };
         match self.quick_deaths {
             0 => Duration::ZERO,
             n => BACKOFF.saturating_mul(1 << (n - 1).min(16)).min(MAX_BACKOFF),
@@ -60,9 +72,9 @@ impl Record {
         self.quick_deaths >= FAILING
     }
 
-    /// When the process that is in the seat will be one that stayed up.
-    pub fn settles_at(&self) -> Instant {
-        self.started + SETTLED
+    /// When the process that is in the seat will be one that stayed up, once it has attached.
+    pub fn settles_at(&self) -> Option<Instant> {
+        self.arrived.map(|arrived| arrived + SETTLED)
     }
 
     /// It did.
@@ -96,20 +108,28 @@ mod tests {
     #[test]
     fn quick_deaths_are_answered_ever_more_slowly_until_one_stays_up() {
         let mut now = Instant::now();
-        let mut record = Record::new(now);
+        let mut record = Record::new();
         let mut last = Duration::ZERO;
         for n in 1..40 {
-            record.begin(now);
-            now += SETTLED / 2;
+            record.begin();
+            if n % 2 == 0 {
+                record.arrive(now);
+                now += SETTLED / 2;
+            } else {
+                // However long it takes, who dies before it has attached dies of its start.
+                now += 2 * SETTLED;
+            }
             let delay = record.end(now);
             assert!(delay > last || delay == MAX_BACKOFF, "{n}: {delay:?}");
             assert_eq!(record.is_failing(), n >= FAILING);
             last = delay;
         }
-        record.begin(now);
+        record.begin();
+        assert_eq!(record.settles_at(), None);
+        record.arrive(now);
         assert!(record.is_failing(), "to be started is nothing yet");
         now += SETTLED;
-        assert_eq!(record.settles_at(), now);
+        assert_eq!(record.settles_at(), Some(now));
         assert_eq!(record.end(now), Duration::ZERO);
         assert!(!record.is_failing());
     }

@@ -14,6 +14,7 @@ use crate::{
     contract::Contract,
     crash_point::crash_point,
     dispatch::{Front, Worker},
+    doorbell::Bell,
     front, process,
     program::Program,
     segment::{Segment, Slot},
@@ -24,7 +25,11 @@ impl Supervisor {
     /// Forks the participant of a seat.
     pub(super) fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
         self.seats[at].restart_at = None;
-        let Seat { slot, ref name, .. } = self.seats[at];
+        let Seat { slot, ref name, ref arrival, .. } = self.seats[at];
+        if let Some(bell) = arrival {
+            // The one before may have rung it and died.
+            bell.drain()?;
+        }
         let supervisor = std::process::id();
         let child = process::fork(&name.clone(), || {
             self.owner.disown();
@@ -35,7 +40,10 @@ impl Supervisor {
         crash_point!("supervisor.forked");
         let seat = &mut self.seats[at];
         tracing::debug!(process = seat.name, pid = child.pid(), "started");
-        seat.record.begin(Instant::now());
+        seat.record.begin();
+        if seat.arrival.is_none() {
+            seat.record.arrive(Instant::now());
+        }
         seat.child = Some(child);
         self.segment.set_liveness(slot, seat.liveness());
         crash_point!("supervisor.registered");
@@ -102,6 +110,7 @@ impl Supervisor {
             front_bells,
             worker_bells,
             end_bell,
+            arrival: self.arrival(number).map_or(-1, AsRawFd::as_raw_fd),
             item_timer: self.watch.timer(number).map(ItemTimer::to_parts),
             is_open: self.is_open,
             spin: self.config.spin.to_string(),
@@ -111,11 +120,16 @@ impl Supervisor {
         }
     }
 
+    fn arrival(&self, worker: u16) -> Option<&Bell> {
+        self.seats.get(usize::from(worker))?.arrival.as_ref()
+    }
+
     /// Returns only if it fails.
     fn become_program(&self, program: &Program, contract: &Contract) -> io::Error {
         let object: &dyn AsFd = self.owner.object();
         let timer = self.watch.timer(contract.worker).map(|timer| timer as &dyn AsFd);
-        let inherited: Vec<_> = self.bells.fds().chain([object]).chain(timer).collect();
+        let arrival = self.arrival(contract.worker).map(|bell| bell as &dyn AsFd);
+        let inherited: Vec<_> = self.bells.fds().chain([object]).chain(timer).chain(arrival).collect();
         program.exec(contract, &inherited)
     }
 
