@@ -91,6 +91,9 @@ pub struct Config {
     pub worker_env: BTreeMap<String, String>,
     /// Which CPU each worker keeps to. Default: [`Affinity::Off`]. A pool may have [its own](PoolSpec::affinity).
     pub affinity: Affinity,
+    /// Whether each pool with a handler in Python has one process that imports it and then forks the workers, which so share
+    /// its memory. Default: no, each worker imports it for itself. A pool may have [its own](PoolSpec::preload).
+    pub preload: bool,
     /// How long a drain may take before it is cut short. Default: 30 s; 0 does not wait.
     #[serde(deserialize_with = "units::duration")]
     pub grace: Duration,
@@ -128,6 +131,7 @@ impl Default for Config {
             worker_memory: ByteSize::new(0),
             worker_env: BTreeMap::new(),
             affinity: Affinity::Off,
+            preload: false,
             grace: Duration::from_secs(30),
             outbox: None,
             max_connections: 4096,
@@ -343,6 +347,7 @@ mod tests {
             worker_memory = "1GiB"
             worker_env = { DEVICE = "{worker}", MODE = "all" }
             affinity = "auto"
+            preload = true
             grace = "1m"
             outbox = 10
             max_connections = 7
@@ -362,6 +367,7 @@ mod tests {
             worker_memory = "8MiB"
             worker_env = { MODE = "one" }
             affinity = 0
+            preload = false
         "#;
         let config = Config {
             listen: "[::1]:7000".parse().expect("the test's own address"),
@@ -378,6 +384,7 @@ mod tests {
             worker_memory: ByteSize::mib(1024),
             worker_env: variables(&[("DEVICE", "{worker}"), ("MODE", "all")]),
             affinity: Affinity::Auto,
+            preload: true,
             grace: Duration::from_secs(60),
             outbox: Some(10),
             max_connections: 7,
@@ -391,6 +398,7 @@ mod tests {
                     worker_memory: Some(ByteSize::mib(8)),
                     worker_env: variables(&[("MODE", "one")]),
                     affinity: Some(Affinity::Cpus(vec![0])),
+                    preload: Some(false),
                     ..pools(&["count=exec:wc -c"]).remove(0)
                 },
             ],

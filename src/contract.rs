@@ -4,16 +4,18 @@
 //! It is JSON and parsed strictly: a program of another version than the server's must say so rather than guess. The
 //! descriptors are inherited by number over exec; everything else is in the segment.
 
+pub(crate) mod nursery;
+
 use std::os::fd::RawFd;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Serialize, de::DeserializeOwned};
 
 use crate::segment::{ABI, Geometry, Layout};
 
 /// The environment variable.
 pub const VARIABLE: &str = "FORKRING_WORKER";
 /// Changes when the meaning of anything in it does.
-const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 1;
 
 /// The contract between a server and a worker program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,8 +56,8 @@ pub(crate) struct Contract {
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum ContractError {
-    #[error("{VARIABLE} is not what a forkring server writes: {0}")]
-    Malformed(serde_json::Error),
+    #[error("{variable} is not what a forkring server writes: {error}")]
+    Malformed { variable: &'static str, error: serde_json::Error },
     #[error(
         "the server speaks version {0} of the worker protocol, this program version {VERSION}: install the same version of both"
     )]
@@ -105,12 +107,18 @@ impl Contract {
 
     /// What it says.
     pub fn from_text(text: &str) -> Result<Self, ContractError> {
-        let value: serde_json::Value = serde_json::from_str(text).map_err(ContractError::Malformed)?;
-        // Before all else: another version may have other fields.
-        match value.get("version").and_then(serde_json::Value::as_u64) {
-            Some(version) if version != u64::from(VERSION) => Err(ContractError::Version(version)),
-            _ => serde_json::from_value(value).map_err(ContractError::Malformed),
-        }
+        parse(VARIABLE, text)
+    }
+}
+
+/// Reads what has a version in it.
+fn parse<T: DeserializeOwned>(variable: &'static str, text: &str) -> Result<T, ContractError> {
+    let malformed = |error| ContractError::Malformed { variable, error };
+    let value: serde_json::Value = serde_json::from_str(text).map_err(malformed)?;
+    // Before all else: another version may have other fields.
+    match value.get("version").and_then(serde_json::Value::as_u64) {
+        Some(version) if version != u64::from(VERSION) => Err(ContractError::Version(version)),
+        _ => serde_json::from_value(value).map_err(malformed),
     }
 }
 

@@ -168,7 +168,45 @@ pub fn exit(code: u8) -> ! {
     unsafe { nix::libc::_exit(code.into()) }
 }
 
+/// Whether the orphans of this process's descendants become its children, and not those of a process above it.
+pub fn adopt_orphans(adopt: bool) -> io::Result<()> {
+    Ok(rustix::process::set_child_subreaper(adopt.then(rustix::process::getpid))?)
+}
+
+/// The pids of this process's children; none, if the kernel does not tell. Right only while there is one thread.
+pub fn children() -> Vec<u32> {
+    let pid = std::process::id();
+    let list = fs::read_to_string(format!("/proc/self/task/{pid}/children")).unwrap_or_default();
+    list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+}
+
+/// Whether a child is dead and not reaped. False for what is no child.
+pub fn is_dead_child(pid: u32) -> bool {
+    look_after(pid, WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT)
+}
+
+/// Reaps a child if it is dead.
+pub fn reap_dead_child(pid: u32) {
+    look_after(pid, WaitIdOptions::EXITED | WaitIdOptions::NOHANG);
+}
+
+fn look_after(pid: u32, options: WaitIdOptions) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_some_and(|pid| matches!(rustix::process::waitid(WaitId::Pid(pid), options), Ok(Some(_))))
+}
+
 impl Child {
+    /// A child that another process has forked for us, and that became ours. An error if it is not: a pid that was told
+    /// may be anybody's.
+    pub fn adopted(pid: u32) -> io::Result<Self> {
+        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(io::Error::from(Errno::SRCH))?;
+        let pidfd = rustix::process::pidfd_open(pid, PidfdFlags::empty())?;
+        // ECHILD if it is another's. Ours is not reaped, as nobody else can, and so the pid is its own.
+        let options = WaitIdOptions::EXITED | WaitIdOptions::NOHANG | WaitIdOptions::NOWAIT;
+        rustix::process::waitid(WaitId::PidFd(pidfd.as_fd()), options)?;
+        Ok(Child { pid, pidfd })
+    }
+
     /// The child's pid.
     pub fn pid(&self) -> u32 {
         self.pid.as_raw_nonzero().get().unsigned_abs()
@@ -386,6 +424,21 @@ mod tests {
         let allowed = std::thread::spawn(move || keep_to(last).map(|()| allowed_cpus())).join().unwrap();
         assert_eq!(allowed.unwrap(), [last]);
         assert!(keep_to(MAX_CPUS).is_err());
+    }
+
+    #[test]
+    fn only_a_child_is_adopted() {
+        assert!(Child::adopted(std::process::id()).is_err(), "ourselves");
+        assert!(Child::adopted(1).is_err() && Child::adopted(0).is_err() && Child::adopted(u32::MAX).is_err());
+        let mut child = Command::new("sh").args(["-c", "read x"]).stdin(std::process::Stdio::piped()).spawn().unwrap();
+        let adopted = Child::adopted(child.id()).unwrap();
+        assert!(!is_dead_child(adopted.pid()));
+        drop(child.stdin.take());
+        assert_eq!(adopted.peek().unwrap().code(), Some(1), "there was nothing to read");
+        assert!(is_dead_child(adopted.pid()));
+        reap_dead_child(adopted.pid());
+        assert!(!is_dead_child(adopted.pid()) && Child::adopted(child.id()).is_err());
+        assert!(child.wait().is_err(), "it was reaped");
     }
 
     #[test]

@@ -10,7 +10,7 @@ use std::{
 };
 
 use crate::{
-    contract::{self, Contract},
+    contract::{self, Contract, nursery::Nursery},
     process,
 };
 
@@ -23,12 +23,14 @@ pub struct Program {
     program: OsString,
     arguments: Vec<OsString>,
     check: Option<Vec<OsString>>,
+    /// What it is started with to be a nursery: it loads all that workers need and forks them.
+    nursery: Option<Vec<OsString>>,
 }
 
 impl Program {
     /// A program, looked up in PATH if it is a bare name.
     pub fn new(program: impl Into<OsString>) -> Self {
-        Program { program: program.into(), arguments: Vec::new(), check: None }
+        Program { program: program.into(), arguments: Vec::new(), check: None, nursery: None }
     }
 
     /// What it is started with.
@@ -44,14 +46,22 @@ impl Program {
         self
     }
 
-    /// A handler in Python, `module:attribute` or `file.py:attribute`; none if the text is no such thing.
-    pub fn python(interpreter: &Path, handler: &str) -> Option<Self> {
+    /// A handler in Python, `module:attribute` or `file.py:attribute`; none if the text is no such thing. With `preload`
+    /// one process imports it, and forks the workers.
+    pub fn python(interpreter: &Path, handler: &str, preload: bool) -> Option<Self> {
         is_python(handler).then(|| {
             let arguments = |more: &[&'static str]| {
                 let all = ["-m", PYTHON_WORKER].iter().chain(more).map(OsString::from);
                 all.chain([handler.into()]).collect::<Vec<_>>()
             };
-            Program::new(interpreter).args(arguments(&[])).checked_with(arguments(&["--check"]))
+            let program = Program::new(interpreter).args(arguments(&[]));
+            match preload {
+                false => program.checked_with(arguments(&["--check"])),
+                true => Program {
+                    nursery: Some(arguments(&["--preload"])),
+                    ..program.checked_with(arguments(&["--check", "--preload"]))
+                },
+            }
         })
     }
 
@@ -81,12 +91,31 @@ impl Program {
 
     /// Becomes the program, in a child that has nothing to lose. Returns only if that fails.
     pub(crate) fn exec(&self, contract: &Contract, inherited: &[&dyn AsFd]) -> io::Error {
-        let text = match contract.to_text() {
-            Ok(text) => text,
-            Err(error) => return error.into(),
-        };
-        let mut command = Command::new(&self.program);
-        process::exec(command.args(&self.arguments).env(contract::VARIABLE, text), inherited)
+        self.replace_us(&self.arguments, contract::VARIABLE, contract.to_text(), inherited)
+    }
+
+    /// Whether its workers come from a nursery.
+    pub(crate) fn has_nursery(&self) -> bool {
+        self.nursery.is_some()
+    }
+
+    /// Becomes the nursery, in the same way.
+    pub(crate) fn exec_nursery(&self, nursery: &Nursery, inherited: &[&dyn AsFd]) -> io::Error {
+        let arguments = self.nursery.as_ref().unwrap_or(&self.arguments);
+        self.replace_us(arguments, contract::nursery::VARIABLE, nursery.to_text(), inherited)
+    }
+
+    fn replace_us(
+        &self,
+        arguments: &[OsString],
+        variable: &str,
+        text: Result<String, serde_json::Error>,
+        inherited: &[&dyn AsFd],
+    ) -> io::Error {
+        match text {
+            Ok(text) => process::exec(Command::new(&self.program).args(arguments).env(variable, text), inherited),
+            Err(error) => error.into(),
+        }
     }
 }
 

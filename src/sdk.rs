@@ -57,6 +57,8 @@
 //!
 //! SIGTERM and SIGINT are blocked at the start: they go to the whole process group, and only the supervisor may decide.
 
+mod nursery;
+
 use std::{
     cell::Cell,
     collections::HashMap,
@@ -81,15 +83,17 @@ use crate::{
     worker,
 };
 
+pub use nursery::Nursery;
+
 /// Why a program cannot be a worker.
 #[derive(Debug, thiserror::Error)]
 #[allow(missing_docs)]
 pub enum AttachError {
-    #[error("{VARIABLE} is not set: a worker is started by `forkring serve`, not by hand")]
-    NoServer,
+    #[error("{0} is not set: a worker is started by `forkring serve`, not by hand")]
+    NoServer(&'static str),
     #[error(transparent)]
     Contract(#[from] ContractError),
-    #[error("this process was not started by the server that {VARIABLE} names: start workers by `forkring serve`")]
+    #[error("this process was not started by the server that its environment names: start workers by `forkring serve`")]
     NotItsChild,
     #[error("this process has attached before: it is one worker")]
     Twice,
@@ -120,7 +124,7 @@ pub fn inherit() -> Result<(), AttachError> {
         Heritage::Taken(..) => return Ok(()),
         Heritage::Spent => return Err(AttachError::Twice),
     }
-    let text = env::var(VARIABLE).map_err(|_| AttachError::NoServer)?;
+    let text = env::var(VARIABLE).map_err(|_| AttachError::NoServer(VARIABLE))?;
     let contract = Contract::from_text(&text)?;
     if !process::die_with_supervisor(contract.supervisor)? {
         return Err(AttachError::NotItsChild);

@@ -41,6 +41,8 @@ pub enum ServerError {
         "pool `{pool}` cannot run `{handler}`: `{python}` has no package forkring; install the wheel in that Python (scripts/wheel), or name another one by --python"
     )]
     NoPackage { pool: String, handler: String, python: String },
+    #[error("{0} is for handlers in Python, MODULE:FUNCTION, and there is none")]
+    NoPython(&'static str),
     #[error("two pools are named `{0}`: give each its own name")]
     DuplicatePool(String),
     #[error("there is no pool: give at least one, as in --pool hash=sha256")]
@@ -187,12 +189,13 @@ impl Server {
     pub fn from_config(config: Config) -> Result<Self, ServerError> {
         let pools = config.pools.iter().map(|spec| {
             let python = config.python.as_deref().unwrap_or(Path::new("python3"));
+            let preload = spec.preload.unwrap_or(config.preload);
             let pool = match spec.handler.parse::<Builtin>() {
                 Ok(builtin) => {
                     builtin.check().map_err(|error| ServerError::Handler { pool: spec.name.clone(), error })?;
                     Pool::with_handler(&spec.name, builtin)
                 }
-                Err(error) => match Program::python(python, &spec.handler) {
+                Err(error) => match Program::python(python, &spec.handler, preload) {
                     Some(program) if matches!(error, BuiltinError::Unknown(_)) => Pool::program(&spec.name, program),
                     _ => return Err(ServerError::Handler { pool: spec.name.clone(), error }),
                 },
@@ -200,7 +203,11 @@ impl Server {
             let PoolSpec { workers, item_timeout, worker_memory, worker_env, affinity, .. } = spec.clone();
             Ok(Pool { workers, item_timeout, worker_memory, worker_env, affinity, ..pool })
         });
-        Ok(Server { pools: pools.collect::<Result<_, ServerError>>()?, config })
+        let pools: Vec<_> = pools.collect::<Result<_, ServerError>>()?;
+        if config.preload && pools.iter().all(|pool| pool.program_of().is_none()) {
+            return Err(ServerError::NoPython("preload"));
+        }
+        Ok(Server { pools, config })
     }
 
     /// Where to listen; port 0 takes a free port.
@@ -247,6 +254,7 @@ impl Server {
                 worker_memory: pool.worker_memory,
                 worker_env: pool.worker_env.clone(),
                 affinity: pool.affinity.clone(),
+                preload: pool.program_of().map(Program::has_nursery),
                 handler: match &pool.work {
                     Work::Handler(_) => "closure".to_owned(),
                     Work::Program(program) => program.to_string(),

@@ -16,6 +16,8 @@
 //! Children block both signals: a Ctrl-C goes to the whole process group, and only the supervisor may decide.
 
 mod crash_loop;
+mod nursery;
+mod orphans;
 pub(crate) mod overdue;
 mod spawn;
 
@@ -51,6 +53,8 @@ use crate::{
     segment::{Liveness, Segment, SegmentError, SegmentOwner, Slot, Stage},
 };
 use crash_loop::{Record, Verdicts};
+use nursery::Nursery;
+use orphans::Orphans;
 use overdue::Watch;
 
 const FORK_AGAIN: Duration = Duration::from_secs(1);
@@ -146,6 +150,12 @@ enum Event {
     Arrival(usize),
     /// An item is over its time.
     Overdue,
+    /// Of this nursery.
+    News(usize),
+    /// The same.
+    NurseryDeath(usize),
+    /// Somebody died.
+    Orphans,
 }
 
 impl Seat {
@@ -178,6 +188,9 @@ pub struct Supervisor {
     letters: DeadLetters,
     watch: Watch,
     verdicts: Verdicts,
+    nurseries: Vec<Nursery>,
+    /// If there are nurseries.
+    orphans: Option<Orphans>,
     /// Whether the gate is.
     is_open: bool,
     /// No front has ended yet.
@@ -221,6 +234,9 @@ impl Supervisor {
         let timeouts = pools.iter().flat_map(|pool| (0..pool.workers).map(|_| pool.item_timeout));
         let watch = Watch::new(timeouts)?;
         let (config, verdicts) = (Arc::new(config), Verdicts::default());
+        let has_nursery = |pool: &PoolPlan| matches!(&pool.work, Work::Program(program) if program.has_nursery());
+        let nurseries = (0_u16..).zip(&pools).filter(|(_, pool)| has_nursery(pool));
+        let nurseries: Vec<_> = nurseries.map(|(number, _)| Nursery::new(number)).collect();
         Ok(Supervisor {
             config,
             owner,
@@ -233,6 +249,8 @@ impl Supervisor {
             letters,
             watch,
             verdicts,
+            nurseries,
+            orphans: None,
             is_open: false,
             is_first_front: true,
         })
@@ -276,6 +294,9 @@ impl Supervisor {
     }
 
     fn start(&mut self) -> Result<(), SupervisorError> {
+        if !self.nurseries.is_empty() {
+            self.orphans = Some(Orphans::adopt()?);
+        }
         (0..self.seats.len()).try_for_each(|seat| self.spawn(seat))
     }
 
@@ -296,6 +317,7 @@ impl Supervisor {
                 stage = Stage::Stopping;
                 self.enter(stage);
                 // Nobody is replaced any more.
+                self.close_nurseries();
                 self.seats.iter_mut().for_each(|seat| seat.restart_at = None);
             }
             if stage == Stage::Stopping && self.is_empty(|_| true) {
@@ -308,21 +330,16 @@ impl Supervisor {
             }
             for at in 0..self.seats.len() {
                 if self.seats[at].restart_at.is_some_and(|due| due <= now) {
-                    match self.spawn(at) {
-                        // No memory or too many processes, for now: what was accepted must not be lost by that.
-                        Err(SupervisorError::Fork(ForkError::Io(error))) => {
-                            tracing::warn!(%error, "cannot fork, trying again");
-                            self.seats[at].restart_at = Some(now + FORK_AGAIN);
-                        }
-                        spawned => spawned?,
-                    }
+                    self.spawn(at)?;
                 }
             }
+            self.tend(now)?;
 
             self.settle(now);
             self.watch.enforce(now, |worker| self.seats.get(usize::from(worker))?.child.as_ref())?;
 
             let next = self.seats.iter().filter_map(|seat| seat.restart_at.or_else(|| seat.settles_at()));
+            let next = next.chain(self.nurseries.iter().filter_map(|nursery| nursery.restart_at));
             let next = next.chain(give_up_at).chain(self.watch.due()).min();
             let events = self.sleep(signals, next)?;
             if events.contains(&Event::Signal) && signals.fd.read_signal().map_err(io::Error::from)?.is_some() {
@@ -339,6 +356,9 @@ impl Supervisor {
                 match event {
                     Event::Death(at) => self.bury(at, stage)?,
                     Event::Arrival(at) => self.welcome(at)?,
+                    Event::News(at) => self.hear(at),
+                    Event::NurseryDeath(at) => self.bury_nursery(at)?,
+                    Event::Orphans => self.reap_orphans()?,
                     // Seen to above, in each turn.
                     Event::Signal | Event::Overdue => {}
                 }
@@ -370,7 +390,9 @@ impl Supervisor {
     }
 
     fn is_empty(&self, of: impl Fn(Slot) -> bool) -> bool {
-        self.seats.iter().filter(|seat| of(seat.slot)).all(|seat| seat.child.is_none() && seat.restart_at.is_none())
+        let is_owed = |at| self.nurseries.iter().any(|nursery| nursery.owes(at));
+        let mut seats = self.seats.iter().enumerate().filter(|(_, seat)| of(seat.slot));
+        seats.all(|(at, seat)| seat.child.is_none() && seat.restart_at.is_none() && !is_owed(at))
     }
 
     /// Sleeps until something happens or it is time; what has happened.
@@ -383,6 +405,8 @@ impl Supervisor {
                 fds.push((Event::Arrival(at), bell.as_fd()));
             }
         }
+        fds.extend(self.nurseries.iter().enumerate().flat_map(|(at, nursery)| nursery.fds(at)));
+        fds.extend(self.orphans.iter().map(|orphans| (Event::Orphans, orphans.as_fd())));
         fds.extend(self.watch.fds().map(|fd| (Event::Overdue, fd)));
         let mut polls: Vec<_> = fds.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
         // Rounded up, so that what is due is due.
@@ -505,6 +529,7 @@ impl Supervisor {
 
     /// Kills and reaps whoever is left.
     fn kill_all(&mut self) -> usize {
+        self.close_nurseries();
         let mut left = 0;
         for seat in &mut self.seats {
             if let Some(child) = seat.child.take() {

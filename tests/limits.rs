@@ -307,6 +307,7 @@ fn what_is_sent_to_a_pool_in_a_crash_loop_waits_for_its_end() {
 fn what_workers_cannot_have_is_refused() {
     run(async {
         for (args, says) in [
+            (["--preload", "--fresh"], "preload is for handlers in Python, MODULE:FUNCTION, and there is none"),
             (["--item-timeout", "b=1s"], "--item-timeout b=…: there is no pool `b`"),
             (["--item-timeout", "soon"], "`soon` is not a duration"),
             (["--worker-memory", "a=1x"], "`1x` is not a size"),

@@ -1,4 +1,4 @@
-"""What a client is told of an exception."""
+"""What a client is told of an exception, and who starts a server of a handler."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ import traceback
 from typing import Any, Union
 
 from forkring._codes import Code
+
+
+class BadHandler(Exception):
+    """A line that says what is wrong with a handler."""
 
 
 class Abort(Exception):

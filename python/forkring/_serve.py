@@ -17,6 +17,7 @@ def serve(
     name: Optional[str] = None,
     worker_env: Optional[Mapping[str, str]] = None,
     affinity: Union[str, Iterable[int], None] = None,
+    preload: bool = False,
     options: tuple[str, ...] = (),
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, each handler in a pool of its own name.
@@ -24,7 +25,8 @@ def serve(
     A handler is a function or class at the top of a module: workers are fresh processes that import it. In a script, call
     this under `if __name__ == "__main__":`, and before anything that starts threads. `worker_env` are environment
     variables of workers, `{worker}` in a value being the worker's number in its pool; `affinity` is "auto" or the CPUs that
-    are dealt out to a pool's workers in turn. `options` are more of `forkring serve`'s. What is wrong is said on stderr,
+    are dealt out to a pool's workers in turn. With `preload` the handlers are imported once, and the workers forked from
+    there. `options` are more of `forkring serve`'s. What is wrong is said on stderr,
     and is a SystemExit.
     """
     if not handlers:
@@ -35,6 +37,8 @@ def serve(
     for option, value in (("--workers", workers), ("--listen", listen), ("--name", name), ("--affinity", affinity)):
         if value is not None:
             arguments += [option, str(value)]
+    if preload:
+        arguments.append("--preload")
     for variable, text in (worker_env or {}).items():
         arguments += ["--worker-env", f"{variable}={text}"]
     for handler in handlers:

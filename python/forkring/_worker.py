@@ -1,11 +1,13 @@
-"""A worker: `python -m forkring._worker [--check] HANDLER`.
+"""A worker: `python -m forkring._worker [--check] [--preload] HANDLER`.
 
-With `--check` it only looks whether the handler can be a worker's; the server asks before it takes its port. A handler is
-`module:attribute` or `file.py:attribute`.
+With `--check` it only looks whether the handler can be a worker's; the server asks before it takes its port. With `--preload`
+it is no worker but forks them, once the handler is imported. A handler is `module:attribute` or `file.py:attribute`.
 """
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import difflib
 import functools
 import importlib
@@ -16,15 +18,11 @@ import os
 import signal
 import sys
 from types import ModuleType
-from typing import Any, Callable
+from typing import Any, Callable, NoReturn
 
-from forkring import _core
-from forkring._errors import format_traceback
+from forkring import _core, _preload
+from forkring._errors import BadHandler, format_traceback
 from forkring._forms import BadForm, takes_a_batch, worker_of
-
-
-class BadHandler(Exception):
-    """A line that says what is wrong with a handler."""
 
 
 def load(spec: str) -> Any:
@@ -133,15 +131,25 @@ def _ignore(*_: object) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    check = arguments[:1] == ["--check"]
-    (spec,) = arguments[check:]
+    *options, spec = arguments
+    check, preload = "--check" in options, "--preload" in options
+    nursery = None
     if not check:
         # Before the module is imported, which may start programs: they would keep the server's name.
-        _core.inherit()
+        if preload:
+            nursery = _core.Nursery()
+        else:
+            _core.inherit()
     try:
-        make, work = handler_of(load(spec), spec)
+        with _preload.watched_imports() if preload else contextlib.nullcontext():
+            target = load(spec)
+        make, work = handler_of(target, spec)
+        if preload:
+            _preload.refuse(spec)
         if check:
             return 0
+        if nursery is not None:
+            _preload.become_worker(nursery, spec)
         take_signals()
         # What a handler prints is a server's log: it should not wait until there is more.
         if isinstance(sys.stdout, io.TextIOWrapper):
@@ -154,9 +162,23 @@ def main(arguments: list[str]) -> int:
         # All of it is the user's.
         print(format_traceback(error), file=sys.stderr)
         return 2
+    if nursery is not None:
+        nursery.hand_over()
     work(handler)
     return 0
 
 
+def end(code: int) -> NoReturn:
+    """Ends the process, whatever threads the user's module has started: to wait for those would be to hang."""
+    # What Python itself runs behind that wait.
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code != 0 or "--check" in sys.argv:
+        end(code)

@@ -13,6 +13,7 @@
 mod buffer;
 mod item;
 mod many;
+mod nursery;
 mod payload;
 mod reply;
 mod result;
@@ -28,6 +29,7 @@ mod _core {
     use super::{
         item::Item,
         many::Worker,
+        nursery::Nursery,
         payload::{Payload, late_views},
         reply::Reply,
         worker::{inherit, run},

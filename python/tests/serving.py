@@ -80,15 +80,29 @@ class App(harness.Server):
 
     def workers(self):
         """Pids by name, of those that have begun."""
-        return self._children(r"forkring-w\d+")
+        return self.children(r"forkring-w\d+")
 
     def front(self):
         """Its pid."""
-        (front,) = self._children("forkring-front").values()
+        (front,) = self.children("forkring-front").values()
         return front
 
-    def _children(self, wanted):
-        children = {}
+    def nursery(self):
+        """Its pid, once it is there."""
+
+        def alone():
+            # A worker that was just forked has its name.
+            found = self.processes("forkring-n0", "[^ZX]")
+            return len(found) == 1 and found[0][1]
+
+        return until("a nursery", alone)
+
+    def children(self, names=".*", states="[^ZX]"):
+        """The supervisor's; pids by name."""
+        return dict(self.processes(names, states))
+
+    def processes(self, names, states):
+        found = []
         for folder in Path("/proc").iterdir():
             if folder.name.isdigit():
                 try:
@@ -97,9 +111,9 @@ class App(harness.Server):
                     continue
                 name, rest = re.match(r"\d+ \((.*)\) (.*)", stat, re.S).groups()
                 state, parent = rest.split()[:2]
-                if int(parent) == self.process_id and state not in "ZX" and re.fullmatch(wanted, name):
-                    children[name] = int(folder.name)
-        return children
+                if int(parent) == self.process_id and re.fullmatch(states, state) and re.fullmatch(names, name):
+                    found.append((name, int(folder.name)))
+        return found
 
     @property
     def process_id(self):
@@ -111,6 +125,11 @@ class App(harness.Server):
         for pid in self.workers().values():
             os.kill(pid, signal.SIGINT)
         self.process.send_signal(signal.SIGINT)
+
+    def abandon(self):
+        """It was killed, and what it left is gone."""
+        self._closed = True
+        self._channel.close()
 
     def close(self):
         if self._closed:

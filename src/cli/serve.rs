@@ -137,6 +137,11 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_AFFINITY", value_name = "[POOL=]CPUS", value_delimiter = '\n', value_parser = affinity)]
     affinity: Vec<Limit<Affinity>>,
 
+    /// Import handlers in Python once, and fork the workers from there: they share that memory
+    #[arg(long, env = "FORKRING_PRELOAD", value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    preload: Option<bool>,
+
     /// Submitted items that may be pending or wait for subscribers [default: half the capacity]
     #[arg(long, env = "FORKRING_OUTBOX", value_name = "ITEMS")]
     outbox: Option<u32>,
@@ -189,6 +194,7 @@ impl ServeArgs {
         lay(self.arena, &mut config.arena);
         lay(self.max_message, &mut config.max_message);
         lay(self.spin, &mut config.spin);
+        lay(self.preload, &mut config.preload);
         lay(self.grace, &mut config.grace);
         lay(self.max_attempts, &mut config.max_attempts);
         lay(self.dead_letters, &mut config.dead_letters);
@@ -331,6 +337,7 @@ mod tests {
             worker_memory: ByteSize::mib(64),
             worker_env: [("A".into(), "{worker}".into())].into(),
             affinity: Affinity::Auto,
+            preload: true,
             grace: Duration::from_secs(1),
             outbox: Some(6),
             max_connections: 8,
@@ -358,6 +365,7 @@ mod tests {
             worker_memory: vec![memory("64MiB").expect("the test's own limit")],
             worker_env: vec!["A={worker}".parse().expect("the test's own variable")],
             affinity: vec![affinity("auto").expect("the test's own limit")],
+            preload: Some(true),
             outbox: Some(6),
             max_connections: Some(8),
             body_timeout: Some(wanted.body_timeout),

@@ -154,6 +154,12 @@ impl Place {
         self.variables.iter().map(|(name, text)| (name.clone(), value(text))).collect()
     }
 
+    /// Those that all workers have alike.
+    pub fn constants(&self) -> Vec<(String, String)> {
+        let constant = self.variables.iter().filter(|(_, value)| !value.contains(NUMBER));
+        constant.map(|(name, value)| (name.clone(), value.clone())).collect()
+    }
+
     /// The CPU that it keeps to, if to one.
     pub fn cpu(&self, worker: u16) -> Option<u16> {
         self.cpus.get(usize::from(worker) % self.cpus.len().max(1)).copied()
@@ -195,8 +201,11 @@ mod tests {
     #[test]
     fn a_place_goes_by_the_workers_number() {
         let variables = BTreeMap::from([("A".to_owned(), "{worker}/{worker} {other}".to_owned())]);
+        let variables = variables.into_iter().chain([("B".to_owned(), "b".to_owned())]).collect();
         let place = Place::new(variables, &Affinity::Cpus(vec![4, 2]));
-        assert_eq!(place.variables(7), [("A".to_owned(), "7/7 {other}".to_owned())]);
+        let b = ("B".to_owned(), "b".to_owned());
+        assert_eq!(place.constants(), std::slice::from_ref(&b));
+        assert_eq!(place.variables(7), [("A".to_owned(), "7/7 {other}".to_owned()), b]);
         assert_eq!([0, 1, 2].map(|worker| place.cpu(worker)), [Some(4), Some(2), Some(4)]);
         assert_eq!(Place::new(BTreeMap::new(), &Affinity::Off).cpu(1), None);
         let auto = Place::new(BTreeMap::new(), &Affinity::Auto);

@@ -39,6 +39,9 @@ pub struct PoolSpec {
     /// Which CPU each of its workers keeps to; `None`: [`Config::affinity`].
     #[serde(default)]
     pub affinity: Option<Affinity>,
+    /// Whether one process imports its handler in Python and forks its workers; `None`: [`Config::preload`].
+    #[serde(default)]
+    pub preload: Option<bool>,
 }
 
 impl PoolSpec {

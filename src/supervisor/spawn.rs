@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::{
-    EXIT_HOPELESS, PoolPlan, Seat, Supervisor, SupervisorError, Work,
+    EXIT_HOPELESS, FORK_AGAIN, PoolPlan, Seat, Supervisor, SupervisorError, Work,
     overdue::{ItemTimer, Timed},
 };
 use crate::{
@@ -15,14 +15,15 @@ use crate::{
     crash_point::crash_point,
     dispatch::{Front, Worker},
     doorbell::Bell,
-    front, process,
+    front,
+    process::{self, Child, ForkError},
     program::Program,
     segment::{Segment, Slot},
     worker,
 };
 
 impl Supervisor {
-    /// Forks the participant of a seat.
+    /// Sees to it that a seat has a participant: by a fork, or by asking the pool's nursery for it.
     pub(super) fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
         self.seats[at].restart_at = None;
         let Seat { slot, ref name, ref arrival, .. } = self.seats[at];
@@ -30,14 +31,51 @@ impl Supervisor {
             // The one before may have rung it and died.
             bell.drain()?;
         }
+        let pool = if let Slot::Worker(number) = slot { self.topology.pool_of(number) } else { None };
+        if let Some(nursery) = self.nurseries.iter_mut().find(|nursery| Some(nursery.pool()) == pool) {
+            nursery.ask(at);
+            return Ok(());
+        }
         let supervisor = std::process::id();
-        let child = process::fork(&name.clone(), || {
+        match self.try_fork(&name.clone(), |us| us.participate(slot, supervisor))? {
+            Some(child) => {
+                crash_point!("supervisor.forked");
+                self.seated(at, child);
+            }
+            None => self.seats[at].restart_at = Some(Instant::now() + FORK_AGAIN),
+        }
+        Ok(())
+    }
+
+    /// Forks a child that is none of a participant yet. None, if there is no memory or are too many processes for now: what
+    /// was accepted must not be lost by that.
+    pub(super) fn try_fork(
+        &mut self,
+        name: &str,
+        main: impl FnOnce(&mut Self) -> u8,
+    ) -> Result<Option<Child>, SupervisorError> {
+        let is_open = self.is_open;
+        let forked = process::fork(name, || {
             self.owner.disown();
             // The others are not its children.
             self.seats.iter_mut().for_each(|seat| seat.child = None);
-            self.participate(slot, supervisor)
-        })?;
-        crash_point!("supervisor.forked");
+            if let Some(orphans) = &self.orphans {
+                orphans.leave();
+            }
+            main(self)
+        });
+        match forked {
+            Ok(child) => Ok(Some(child)),
+            Err(ForkError::Io(error)) if is_open => {
+                tracing::warn!(%error, process = name, "cannot fork, trying again");
+                Ok(None)
+            }
+            Err(error) => Err(error.into()),
+        }
+    }
+
+    /// A seat has a process now.
+    pub(super) fn seated(&mut self, at: usize, child: Child) {
         let seat = &mut self.seats[at];
         tracing::debug!(process = seat.name, pid = child.pid(), "started");
         seat.record.begin();
@@ -45,13 +83,12 @@ impl Supervisor {
             seat.record.arrive(Instant::now());
         }
         seat.child = Some(child);
-        self.segment.set_liveness(slot, seat.liveness());
+        self.segment.set_liveness(seat.slot, seat.liveness());
         crash_point!("supervisor.registered");
-        if let Slot::Worker(_) = slot {
+        if let Slot::Worker(_) = seat.slot {
             // The front computes the pools' health from the registry.
             self.ring_fronts();
         }
-        Ok(())
     }
 
     /// The child's life. The result is its exit code.
@@ -101,7 +138,7 @@ impl Supervisor {
     }
 
     /// What a worker's program is told.
-    fn contract(&self, number: u16, pool: &PoolPlan, supervisor: u32) -> Contract {
+    pub(super) fn contract(&self, number: u16, pool: &PoolPlan, supervisor: u32) -> Contract {
         let (front_bells, worker_bells, end_bell) = self.bells.numbers();
         let contract =
             Contract::new(supervisor, self.owner.name(), number, self.topology.counts(), self.owner.layout());
@@ -124,12 +161,21 @@ impl Supervisor {
         self.seats.get(usize::from(worker))?.arrival.as_ref()
     }
 
+    /// The descriptors that every worker's program inherits.
+    pub(super) fn shared(&self) -> impl Iterator<Item = &dyn AsFd> {
+        let object: &dyn AsFd = self.owner.object();
+        self.bells.fds().chain([object])
+    }
+
+    /// Those of one worker alone.
+    pub(super) fn own(&self, worker: u16) -> impl Iterator<Item = &dyn AsFd> {
+        let timer = self.watch.timer(worker).map(|timer| timer as &dyn AsFd);
+        timer.into_iter().chain(self.arrival(worker).map(|bell| bell as &dyn AsFd))
+    }
+
     /// Returns only if it fails.
     fn become_program(&self, program: &Program, contract: &Contract) -> io::Error {
-        let object: &dyn AsFd = self.owner.object();
-        let timer = self.watch.timer(contract.worker).map(|timer| timer as &dyn AsFd);
-        let arrival = self.arrival(contract.worker).map(|bell| bell as &dyn AsFd);
-        let inherited: Vec<_> = self.bells.fds().chain([object]).chain(timer).chain(arrival).collect();
+        let inherited: Vec<_> = self.shared().chain(self.own(contract.worker)).collect();
         program.exec(contract, &inherited)
     }
 

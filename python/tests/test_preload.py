@@ -1,0 +1,186 @@
+"""`--preload`: one process imports the app, and forks the workers."""
+
+import os
+import random
+import re
+import signal
+import subprocess
+
+import pytest
+from harness import PATIENCE
+from serving import APPS, FORKRING, run, until
+
+
+def origin(app):
+    born_in, frozen, parent, device, pid, _ = app.call("origin").decode().split(" ")
+    return {"born_in": int(born_in), "frozen": frozen, "parent": int(parent), "device": device, "pid": int(pid)}
+
+
+def private(pid):
+    """Bytes that a process shares with nobody."""
+    with open(f"/proc/{pid}/smaps_rollup") as file:
+        return sum(int(size) << 10 for size in re.findall(r"Private_\w+: +(\d+) kB", file.read()))
+
+
+def test_workers_are_forked_from_one_import(serve):
+    app = serve("origin:2=preloaded.py:origin", arguments=["--preload", "--worker-env", "DEVICE=gpu{worker}"])
+    app.call("origin")
+    nursery = app.nursery()
+    workers = until("both workers", lambda: (found := app.workers()) and len(found) == 2 and found)
+    told = origin(app)
+    assert (told["born_in"], told["frozen"], told["parent"]) == (nursery, "True", app.process_id)
+    assert workers[f"forkring-w{told['device'].removeprefix('gpu')}"] == told["pid"]
+    assert private(told["pid"]) < 32 << 20, "64 MiB are the nursery's"
+
+
+def test_a_class_is_made_by_each_worker(serve):
+    app = serve("preloaded.py:Made", arguments=["--preload"])
+    assert app.call("Made") == b"True False"
+
+
+def test_who_dies_comes_from_the_nursery_again(serve):
+    app = serve("preloaded.py:origin", arguments=["--preload"], quiet=False)
+    first = origin(app)
+    os.kill(first["pid"], signal.SIGKILL)
+    second = origin(app)
+    assert second["pid"] != first["pid"] and second["born_in"] == first["born_in"]
+    os.kill(app.nursery(), signal.SIGKILL)
+    nursery = until("another nursery", lambda: (pid := app.nursery()) != second["born_in"] and pid)
+    assert origin(app)["pid"] == second["pid"], "the workers live on"
+    os.kill(second["pid"], signal.SIGKILL)
+    third = origin(app)
+    assert third["born_in"] == nursery and third["parent"] == app.process_id
+    assert "a nursery died" in app.log()
+
+
+def test_who_was_ordered_of_a_nursery_that_dies_is_ordered_again(serve):
+    app = serve("preloaded.py:origin", arguments=["--preload"], quiet=False)
+    worker, nursery = origin(app)["pid"], app.nursery()
+    # It does not get to its order.
+    os.kill(nursery, signal.SIGSTOP)
+    os.kill(worker, signal.SIGKILL)
+    until("the end of the worker", lambda: worker not in app.children(states=".").values())
+    os.kill(nursery, signal.SIGKILL)
+    assert origin(app)["born_in"] != nursery
+
+
+def test_limits_are_for_them_too(serve):
+    cpu = max(os.sched_getaffinity(0))
+    options = ["--preload", "--worker-memory", "limits=256MiB", "--item-timeout", "sleeps_once=300ms"]
+    app = serve(
+        "preloaded.py:limits",
+        "preloaded.py:sleeps_once",
+        arguments=[*options, "--affinity", f"limits={cpu}"],
+        quiet=False,
+    )
+    assert app.call("limits") == b"limited"
+    assert os.sched_getaffinity(app.workers()["forkring-w0"]) == {cpu}
+    assert os.sched_getaffinity(app.workers()["forkring-w1"]) == os.sched_getaffinity(0)
+    assert app.call("sleeps_once") == b"ended"
+
+
+def test_all_die_with_the_supervisor(serve, messages):
+    app = serve("origin:2=preloaded.py:origin", arguments=["--preload"], quiet=False)
+    app.call("origin")
+    family = until("all of them", lambda: (found := app.children()) and len(found) == 4 and found)
+    os.kill(app.process_id, signal.SIGKILL)
+    app.process.wait(PATIENCE)
+    until("their end", lambda: not any(is_running(pid) for pid in family.values()))
+    # The name is free again, which it is when nobody has the memory: whoever comes adopts it, and drains.
+    again = run(FORKRING, "serve", "--name", app.name, "--pool", "x=echo", "--listen", "127.0.0.1:0", folder=APPS)
+    assert again.returncode == 2 and "in use" not in again.stderr and "--fresh" in again.stderr, again.stderr
+    os.unlink(f"/dev/shm/forkring-{app.name}")
+    app.process.stdout.close()
+    app.abandon()
+
+
+def is_running(pid):
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+def test_what_workers_leave_behind_is_reaped(serve, tmp_path):
+    app = serve("preloaded.py:begins_and_dies", arguments=["--preload"], quiet=False)
+    fifo, file = str(tmp_path / "fifo"), tmp_path / "pid"
+    os.mkfifo(fifo)
+    assert app.call("begins_and_dies", metadata={"fifo": fifo, "pid": str(file)}) == b"over"
+    left = int(file.read_text())
+    assert left in app.children().values(), "it is the supervisor's now"
+    with open(fifo, "w"):
+        pass
+    until("its end", lambda: left not in app.children(states=".").values())
+
+
+def test_nothing_is_lost_while_all_of_them_are_killed(serve):
+    options = ["--preload", "--max-attempts", "100"]
+    app = serve("number:3=preloaded.py:number", arguments=options, quiet=False)
+    chance = random.Random(7)
+    for _ in range(12):
+        items = [app.item("number", str(at).encode(), id=at) for at in range(100)]
+        results = {}
+        for result in app.stream(items):
+            assert result.id not in results
+            results[result.id] = result.payload
+            if len(results) == 10:
+                family = until("somebody to kill", lambda: list(app.children(r"forkring-[wn]\d+").values()))
+                os.kill(chance.choice(family), signal.SIGKILL)
+        assert results == {at: str(at).encode() for at in range(100)}
+    # And all are there again.
+    until("three workers and a nursery", lambda: len(app.children(r"forkring-[wn]\d+")) == 4)
+    assert app.call("number", b"7") == b"7"
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        (
+            "import threading\nthreading.Thread(target=threading.Event().wait, name='feeder', daemon=True).start()\n",
+            ["its import has started a thread (`feeder` of threading). Make such things"],
+        ),
+        (
+            "import json, other, string\n",
+            ["has started 2 threads", "`ThreadPoolExecutor-0_0` of concurrent.futures.thread", "when it came to `other`."],
+        ),
+        ("import native\n", ["has started a thread (`pool-thread`), when it came to `native`."]),
+        (
+            "import grpc\nCHANNEL = grpc.insecure_channel('localhost:1')\n",
+            ["its import has made a gRPC object (`grpc._channel.Channel`), and gRPC does not survive a fork"],
+        ),
+    ],
+)
+def test_an_import_that_starts_threads_or_grpc_is_refused(tmp_path, source, says):
+    (tmp_path / "app.py").write_text(source + "\ndef handle(item): pass\n")
+    (tmp_path / "other.py").write_text(
+        "import concurrent.futures, threading\nPOOL = concurrent.futures.ThreadPoolExecutor(2)\n"
+        "BOTH = threading.Barrier(3)\nPOOL.submit(BOTH.wait)\nPOOL.submit(BOTH.wait)\n"
+    )
+    # A thread that Python knows nothing of, as a library's own.
+    (tmp_path / "native.py").write_text(
+        "import ctypes\nlibc = ctypes.CDLL(None)\nthread = ctypes.c_ulong()\n"
+        "start = ctypes.cast(libc.pause, ctypes.c_void_p)\n"
+        "libc.pthread_create(ctypes.byref(thread), None, start, None)\n"
+        "libc.pthread_setname_np(thread, b'pool-thread')\n"
+    )
+    outcome = run(FORKRING, "serve", "app:handle", "--preload", "--listen", "127.0.0.1:0", folder=tmp_path)
+    assert (outcome.returncode, outcome.stdout) == (2, ""), outcome.stderr
+    reason, last = outcome.stderr.splitlines()
+    assert reason.startswith("forkring: --preload cannot fork workers from `app`: ")
+    for words in says:
+        assert words in reason, reason
+    assert last.endswith("the reason is in the lines above")
+
+
+def test_who_only_imports_grpc_is_not_refused(serve):
+    app = serve("failing.py:deaths", arguments=["--preload"], quiet=False)
+    assert app.call("deaths", metadata={"way": "kill", "times": "1"}) == b"attempt 2"
+
+
+def test_a_nursery_is_not_started_by_hand(tmp_path):
+    (tmp_path / "app.py").write_text("def handle(item): pass\n")
+    environment = {key: value for key, value in os.environ.items() if key != "FORKRING_NURSERY"}
+    command = [os.path.join(os.path.dirname(FORKRING), "python"), "-m", "forkring._worker", "--preload", "app:handle"]
+    outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
+    assert outcome.returncode != 0 and "FORKRING_NURSERY is not set" in outcome.stderr

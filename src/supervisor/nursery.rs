@@ -1,0 +1,284 @@
+//! Nurseries: programs that have loaded what the workers of a pool need, and fork them when they are asked.
+//!
+//! # What it promises
+//!
+//! - A worker from a nursery is this process's child, and in no way another than one that it has forked.
+//! - It is known before it can do anything, so it is neither swept too late nor reaped unknown.
+//! - A nursery that dies is replaced like a worker. The workers that it has forked live on, and one that was ordered and
+//!   not born is ordered again.
+//!
+//! Why that holds is said in [`sdk::Nursery`](crate::sdk::Nursery). One order is under way at a time, so that news need not
+//! say what they are about.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::net::UnixDatagram,
+    },
+    time::Instant,
+};
+
+use super::{EXIT_HOPELESS, Event, FORK_AGAIN, Supervisor, SupervisorError, Work, cause, crash_loop::Record};
+use crate::{
+    contract::{
+        self,
+        nursery::{News, Order},
+    },
+    process::{self, Child},
+    program::Program,
+    segment::Slot,
+};
+
+/// The longest news.
+const LONGEST: usize = 1 << 14;
+
+/// The nursery of a pool.
+#[derive(Debug)]
+pub(super) struct Nursery {
+    pool: u16,
+    process: Option<Process>,
+    pub(super) restart_at: Option<Instant>,
+    record: Record,
+    /// Seats that wait for a worker, in order.
+    asked: VecDeque<usize>,
+    /// The seat whose worker is on its way.
+    ordered: Option<usize>,
+}
+
+#[derive(Debug)]
+struct Process {
+    child: Child,
+    socket: UnixDatagram,
+}
+
+impl Nursery {
+    pub(super) fn new(pool: u16) -> Self {
+        let (asked, ordered) = (VecDeque::new(), None);
+        Nursery { pool, process: None, restart_at: Some(Instant::now()), record: Record::new(), asked, ordered }
+    }
+
+    pub(super) fn pool(&self) -> u16 {
+        self.pool
+    }
+
+    pub(super) fn pid(&self) -> Option<u32> {
+        self.process.as_ref().map(|process| process.child.pid())
+    }
+
+    /// Asks for a worker.
+    pub(super) fn ask(&mut self, seat: usize) {
+        self.asked.push_back(seat);
+    }
+
+    /// Whether a seat's worker has been asked for and is not there yet.
+    pub(super) fn owes(&self, seat: usize) -> bool {
+        self.ordered == Some(seat) || self.asked.contains(&seat)
+    }
+
+    /// What tells of the nursery with this number.
+    pub(super) fn fds(&self, number: usize) -> impl Iterator<Item = (Event, BorrowedFd<'_>)> {
+        self.process.iter().flat_map(move |process| {
+            let (socket, pidfd) = (process.socket.as_fd(), process.child.pidfd.as_fd());
+            [(Event::News(number), socket), (Event::NurseryDeath(number), pidfd)]
+        })
+    }
+
+    /// What it has told and nobody has heard. An error if it is no news.
+    fn news(&self) -> io::Result<Option<News>> {
+        let Some(process) = &self.process else { return Ok(None) };
+        let mut text = [0; LONGEST];
+        loop {
+            return match process.socket.recv(&mut text) {
+                Ok(len) => Ok(Some(serde_json::from_slice(&text[..len])?)),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => Ok(None),
+                Err(error) => Err(error),
+            };
+        }
+    }
+}
+
+impl Supervisor {
+    /// Starts the nurseries that are due, and hands on what was asked of those that are ready.
+    pub(super) fn tend(&mut self, now: Instant) -> Result<(), SupervisorError> {
+        for at in 0..self.nurseries.len() {
+            if self.nurseries[at].restart_at.is_some_and(|due| due <= now) && !self.open_nursery(at)? {
+                self.nurseries[at].restart_at = Some(now + FORK_AGAIN);
+            }
+            let nursery = &self.nurseries[at];
+            let Some(&seat) = nursery.asked.front() else { continue };
+            let Some(process) = nursery.process.as_ref().filter(|_| nursery.record.has_arrived()) else { continue };
+            if nursery.ordered.is_some() {
+                continue;
+            }
+            let sent = self.order(seat).and_then(|order| process.socket.send(&order));
+            let nursery = &mut self.nurseries[at];
+            nursery.asked.pop_front();
+            match sent {
+                Ok(_) => nursery.ordered = Some(seat),
+                Err(error) => {
+                    // If it is dead, that is about to be seen.
+                    tracing::warn!(%error, process = self.seats[seat].name, "cannot order a worker, trying again");
+                    self.seats[seat].restart_at = Some(now + FORK_AGAIN);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Forks a nursery; false if that cannot be done now.
+    fn open_nursery(&mut self, at: usize) -> Result<bool, SupervisorError> {
+        let (ours, theirs) = UnixDatagram::pair()?;
+        ours.set_nonblocking(true)?;
+        let pool = self.nurseries[at].pool;
+        let (name, supervisor) = (format!("forkring-n{pool}"), std::process::id());
+        let child = self.try_fork(&name, |us| {
+            let plan = &us.pools[usize::from(pool)];
+            let Work::Program(program) = &plan.work else { return EXIT_HOPELESS };
+            let set = process::set_variables(&plan.place.constants());
+            let error =
+                set.map_or_else(|error| error, |()| us.become_nursery(program, pool, &name, supervisor, &theirs));
+            tracing::error!(%error, program = %program.name().display(), "cannot run a nursery");
+            EXIT_HOPELESS
+        })?;
+        let Some(child) = child else { return Ok(false) };
+        tracing::debug!(process = name, pid = child.pid(), "started");
+        let nursery = &mut self.nurseries[at];
+        nursery.restart_at = None;
+        nursery.record.begin();
+        nursery.process = Some(Process { child, socket: ours });
+        Ok(true)
+    }
+
+    /// Returns only if it fails.
+    fn become_nursery(
+        &self,
+        program: &Program,
+        pool: u16,
+        name: &str,
+        supervisor: u32,
+        socket: &UnixDatagram,
+    ) -> io::Error {
+        let (first, count) = self.topology.workers(pool);
+        let inherited: Vec<_> = self.shared().chain((first..first + count).flat_map(|n| self.own(n))).collect();
+        let contract = contract::nursery::Nursery {
+            version: contract::VERSION,
+            supervisor,
+            name: name.to_owned(),
+            socket: socket.as_raw_fd(),
+            inherited: inherited.iter().map(|fd| fd.as_fd().as_raw_fd()).collect(),
+        };
+        let inherited: Vec<_> = inherited.into_iter().chain([socket as &dyn AsFd]).collect();
+        program.exec_nursery(&contract, &inherited)
+    }
+
+    /// The order of a seat's worker.
+    fn order(&self, seat: usize) -> io::Result<Vec<u8>> {
+        let missing = || io::Error::other("the seat is no worker's");
+        let Slot::Worker(number) = self.seats[seat].slot else { return Err(missing()) };
+        let pool = self.topology.pool_of(number).ok_or_else(missing)?;
+        let (plan, number_in_pool) = (&self.pools[usize::from(pool)], number - self.topology.workers(pool).0);
+        let order = Order {
+            contract: self.contract(number, plan, std::process::id()),
+            variables: plan.place.variables(number_in_pool),
+            cpu: plan.place.cpu(number_in_pool),
+            memory: plan.memory,
+        };
+        Ok(serde_json::to_vec(&order)?)
+    }
+
+    /// Takes up what a nursery has told.
+    pub(super) fn hear(&mut self, at: usize) {
+        loop {
+            let now = Instant::now();
+            match self.nurseries[at].news() {
+                Ok(None) => return,
+                Ok(Some(News::Ready)) => {
+                    let nursery = &mut self.nurseries[at];
+                    nursery.record.arrive(now);
+                    tracing::debug!(pool = self.pools[usize::from(nursery.pool)].name, "a nursery is ready");
+                }
+                Ok(Some(News::Born(pid))) => {
+                    let Some(seat) = self.nurseries[at].ordered.take() else { continue };
+                    let ours =
+                        if self.knows(pid) { Err(io::ErrorKind::AlreadyExists.into()) } else { Child::adopted(pid) };
+                    match ours {
+                        Ok(child) => self.seated(seat, child),
+                        Err(error) => self.went_wrong(seat, now, &error),
+                    }
+                }
+                Ok(Some(News::Stillborn(why))) => {
+                    let Some(seat) = self.nurseries[at].ordered.take() else { continue };
+                    self.went_wrong(seat, now, &why);
+                }
+                Err(error) => {
+                    tracing::error!(%error, "a nursery tells what nobody understands, and is ended");
+                    let child = self.nurseries[at].process.as_ref().map(|process| &process.child);
+                    // Its death is seen as any other.
+                    let _ = child.map(Child::kill);
+                    return;
+                }
+            }
+        }
+    }
+
+    fn went_wrong(&mut self, seat: usize, now: Instant, error: &dyn std::fmt::Display) {
+        tracing::warn!(%error, process = self.seats[seat].name, "a nursery cannot fork, trying again");
+        self.seats[seat].restart_at = Some(now + FORK_AGAIN);
+    }
+
+    /// After a nursery's death.
+    pub(super) fn bury_nursery(&mut self, at: usize) -> io::Result<()> {
+        // What it told last may be a birth.
+        self.hear(at);
+        let nursery = &mut self.nurseries[at];
+        let Some(Process { child, .. }) = nursery.process.take() else { return Ok(()) };
+        let pid = child.pid();
+        let cause = cause(child.reap()?);
+        // The worker on its way has read that it has no nursery, and ends: it is nobody yet.
+        if let Some(seat) = nursery.ordered.take() {
+            nursery.asked.push_front(seat);
+        }
+        let delay = nursery.record.end(Instant::now());
+        nursery.restart_at = Some(Instant::now() + delay);
+        let pool = &self.pools[usize::from(nursery.pool)].name;
+        tracing::warn!(pool, pid, cause, restart_in = ?delay, "a nursery died; its workers live on");
+        Ok(())
+    }
+
+    /// Ends the nurseries: nobody else is born.
+    pub(super) fn close_nurseries(&mut self) {
+        for at in 0..self.nurseries.len() {
+            let child = self.nurseries[at].process.as_ref().map(|process| &process.child);
+            if let Some(Err(error)) = child.map(|child| child.kill().and_then(|()| child.peek())) {
+                tracing::error!(%error, "cannot end a nursery");
+            }
+            // Whoever was born before that is known after this.
+            self.hear(at);
+            let nursery = &mut self.nurseries[at];
+            if let Some(Err(error)) = nursery.process.take().map(|process| process.child.reap()) {
+                tracing::error!(%error, "cannot reap a nursery");
+            }
+            nursery.asked.clear();
+            (nursery.ordered, nursery.restart_at) = (None, None);
+        }
+    }
+
+    /// Whether this is a process that is waited for by its seat or its nursery's place.
+    pub(super) fn knows(&self, pid: u32) -> bool {
+        let seated = self.seats.iter().filter_map(|seat| seat.child.as_ref().map(Child::pid));
+        seated.chain(self.nurseries.iter().filter_map(Nursery::pid)).any(|known| known == pid)
+    }
+
+    /// Reaps who came to this process without being its business.
+    pub(super) fn reap_orphans(&mut self) -> io::Result<()> {
+        let Some(orphans) = &self.orphans else { return Ok(()) };
+        let dead = orphans.dead(|pid| self.knows(pid))?;
+        // A worker is born before it dies: whoever of the dead was one is known after this.
+        (0..self.nurseries.len()).for_each(|at| self.hear(at));
+        dead.into_iter().filter(|pid| !self.knows(*pid)).for_each(process::reap_dead_child);
+        Ok(())
+    }
+}
