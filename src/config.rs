@@ -94,6 +94,9 @@ pub struct Config {
     /// Whether each pool with a handler in Python has one process that imports it and then forks the workers, which so share
     /// its memory. Default: no, each worker imports it for itself. A pool may have [its own](PoolSpec::preload).
     pub preload: bool,
+    /// Whether workers with a handler in Python are replaced, one after the other, when a file changes that it was imported
+    /// from. For development. Default: no.
+    pub reload: bool,
     /// How long a drain may take before it is cut short. Default: 30 s; 0 does not wait.
     #[serde(deserialize_with = "units::duration")]
     pub grace: Duration,
@@ -132,6 +135,7 @@ impl Default for Config {
             worker_env: BTreeMap::new(),
             affinity: Affinity::Off,
             preload: false,
+            reload: false,
             grace: Duration::from_secs(30),
             outbox: None,
             max_connections: 4096,
@@ -348,6 +352,7 @@ mod tests {
             worker_env = { DEVICE = "{worker}", MODE = "all" }
             affinity = "auto"
             preload = true
+            reload = true
             grace = "1m"
             outbox = 10
             max_connections = 7
@@ -385,6 +390,7 @@ mod tests {
             worker_env: variables(&[("DEVICE", "{worker}"), ("MODE", "all")]),
             affinity: Affinity::Auto,
             preload: true,
+            reload: true,
             grace: Duration::from_secs(60),
             outbox: Some(10),
             max_connections: 7,

@@ -3,15 +3,22 @@
 
 use std::{
     ffi::{OsStr, OsString},
-    fmt, io,
-    os::fd::AsFd,
-    path::Path,
+    fmt,
+    fs::File,
+    io::{self, Read as _, Seek as _},
+    os::{
+        fd::{AsFd, BorrowedFd, OwnedFd},
+        unix::ffi::OsStrExt as _,
+    },
+    path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
 };
 
+use rustix::fs::{MemfdFlags, memfd_create};
+
 use crate::{
     contract::{self, Contract, nursery::Nursery},
-    process,
+    process::{self, Child},
 };
 
 /// What runs a handler in Python.
@@ -23,6 +30,8 @@ pub struct Program {
     program: OsString,
     arguments: Vec<OsString>,
     check: Option<Vec<OsString>>,
+    /// Whether that tells which files it is made of, line by line on stdout.
+    tells_files: bool,
     /// What it is started with to be a nursery: it loads all that workers need and forks them.
     nursery: Option<Vec<OsString>>,
 }
@@ -30,7 +39,7 @@ pub struct Program {
 impl Program {
     /// A program, looked up in PATH if it is a bare name.
     pub fn new(program: impl Into<OsString>) -> Self {
-        Program { program: program.into(), arguments: Vec::new(), check: None, nursery: None }
+        Program { program: program.into(), arguments: Vec::new(), check: None, tells_files: false, nursery: None }
     }
 
     /// What it is started with.
@@ -47,21 +56,19 @@ impl Program {
     }
 
     /// A handler in Python, `module:attribute` or `file.py:attribute`; none if the text is no such thing. With `preload`
-    /// one process imports it, and forks the workers.
-    pub fn python(interpreter: &Path, handler: &str, preload: bool) -> Option<Self> {
+    /// one process imports it, and forks the workers; with `reload` the server is to know which files it is imported from.
+    pub fn python(interpreter: &Path, handler: &str, preload: bool, reload: bool) -> Option<Self> {
         is_python(handler).then(|| {
             let arguments = |more: &[&'static str]| {
                 let all = ["-m", PYTHON_WORKER].iter().chain(more).map(OsString::from);
                 all.chain([handler.into()]).collect::<Vec<_>>()
             };
-            let program = Program::new(interpreter).args(arguments(&[]));
-            match preload {
-                false => program.checked_with(arguments(&["--check"])),
-                true => Program {
-                    nursery: Some(arguments(&["--preload"])),
-                    ..program.checked_with(arguments(&["--check", "--preload"]))
-                },
-            }
+            let mut check = vec!["--check"];
+            check.extend(preload.then_some("--preload"));
+            check.extend(reload.then_some("--files"));
+            let nursery = preload.then(|| arguments(&["--preload"]));
+            let program = Program::new(interpreter).args(arguments(&[])).checked_with(arguments(&check));
+            Program { nursery, tells_files: reload, ..program }
         })
     }
 
@@ -70,12 +77,28 @@ impl Program {
         &self.program
     }
 
-    /// Runs the check, if there is one, with these variables.
-    pub(crate) fn check(&self, variables: Vec<(String, String)>) -> io::Result<Option<ExitStatus>> {
+    /// Starts the check, if there is one, with these variables.
+    pub(crate) fn start_check(&self, variables: Vec<(String, String)>) -> io::Result<Option<Check>> {
         let Some(arguments) = &self.check else { return Ok(None) };
-        // What it prints must not get between what the server prints.
         let mut command = Command::new(&self.program);
-        command.args(arguments).envs(variables).stdin(Stdio::null()).stdout(io::stderr()).status().map(Some)
+        process::dies_with_us(command.args(arguments).envs(variables).stdin(Stdio::null()));
+        let files = match self.tells_files {
+            true => Some(File::from(memfd_create("forkring-files", MemfdFlags::CLOEXEC)?)),
+            false => None,
+        };
+        match &files {
+            Some(files) => command.stdout(files.try_clone()?),
+            // What it prints must not get between what the server prints.
+            None => command.stdout(io::stderr()),
+        };
+        let child = command.spawn()?;
+        let pidfd = Child::adopted(child.id())?.pidfd;
+        Ok(Some(Check { child, pidfd, files }))
+    }
+
+    /// Runs the check, if there is one, with these variables. How it ended, and what files it told of.
+    pub(crate) fn check(&self, variables: Vec<(String, String)>) -> io::Result<Option<(ExitStatus, Vec<PathBuf>)>> {
+        self.start_check(variables)?.map(Check::finish).transpose()
     }
 
     /// Whether it is a handler in Python, and the interpreter has not what runs it: another reason for a check to fail.
@@ -116,6 +139,48 @@ impl Program {
             Ok(text) => process::exec(Command::new(&self.program).args(arguments).env(variable, text), inherited),
             Err(error) => error.into(),
         }
+    }
+}
+
+/// A check that was started. It is ended if nobody waits for it.
+#[derive(Debug)]
+pub(crate) struct Check {
+    child: std::process::Child,
+    /// Readable when it is over.
+    pidfd: OwnedFd,
+    files: Option<File>,
+}
+
+impl Check {
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// Waits for its end. How it ended, and the files that it told of.
+    pub fn finish(mut self) -> io::Result<(ExitStatus, Vec<PathBuf>)> {
+        let status = self.child.wait()?;
+        let mut text = Vec::new();
+        if let Some(files) = &mut self.files {
+            files.rewind()?;
+            files.read_to_end(&mut text)?;
+        }
+        let lines = text.split(|byte| *byte == b'\n').filter(|line| !line.is_empty());
+        Ok((status, lines.map(|line| OsStr::from_bytes(line).into()).collect()))
+    }
+}
+
+impl AsFd for Check {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.pidfd.as_fd()
+    }
+}
+
+impl Drop for Check {
+    fn drop(&mut self) {
+        // Both fail if it was waited for, which is just as well.
+        let _ = self.child.kill();
+        let _ = self.child.wait();
     }
 }
 
@@ -162,12 +227,16 @@ mod tests {
     fn a_check_is_run_and_its_status_told() {
         let code = |script: &str| {
             let program = Program::new("sh").checked_with(["-c", script]);
-            program.check(vec![("CODE".into(), "7".into())]).expect("a shell").and_then(|status| status.code())
+            program.check(vec![("CODE".into(), "7".into())]).expect("a shell").and_then(|(status, _)| status.code())
         };
         assert_eq!(code("exit 0"), Some(0));
         assert_eq!(code("exit 3"), Some(3));
         assert_eq!(code("exit $CODE"), Some(7));
-        assert_eq!(Program::new("sh").check(Vec::new()).expect("nothing to run"), None);
+        assert!(Program::new("sh").check(Vec::new()).expect("nothing to run").is_none());
+        let telling =
+            Program { tells_files: true, ..Program::new("sh").checked_with(["-c", "echo /a; echo; echo /b c"]) };
+        let (status, files) = telling.check(Vec::new()).expect("a shell").expect("a check");
+        assert!(status.success() && files == [Path::new("/a"), Path::new("/b c")], "{files:?}");
         assert!(Program::new("/no/such").checked_with(["x"]).check(Vec::new()).is_err());
     }
 }

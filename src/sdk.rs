@@ -224,8 +224,11 @@ impl Attached {
     }
 
     /// Takes an item without waiting, to be open beside others; none, if there is none. Items that have expired or were
-    /// given up are not among them.
+    /// given up are not among them. None also, if another worker is to take this one's place.
     pub fn take(&mut self) -> Option<OpenItem> {
+        if self.is_retiring() {
+            return None;
+        }
         loop {
             let claimed = self.worker.take()?;
             self.worker.chain();
@@ -252,8 +255,9 @@ impl Attached {
     /// After this, look once more at whatever else is waited for, and sleep only if there is nothing: what came before it
     /// rings no bell. Then, whatever woke it, [`Attached::disarm`].
     pub fn arm(&self, for_items: bool) -> bool {
-        let armed = self.worker.arm(for_items);
-        armed && (self.knows_the_end.get() || self.segment.stage() != Stage::Stopping)
+        // Who takes no more does not look for any.
+        let armed = self.worker.arm(for_items && !self.is_retiring());
+        armed && (self.knows_the_end.get() || !self.is_over())
     }
 
     /// The counterpart of [`Attached::arm`]: forgets the rings so far. Look at everything that is waited for after it.
@@ -267,11 +271,19 @@ impl Attached {
         self.worker.bell()
     }
 
-    /// Whether the server stops. Then take and finish what there is, and leave.
+    /// Whether the server stops, or another worker is to take this one's place. Then take and finish what there is, and leave.
     pub fn is_stopping(&self) -> bool {
-        let is_stopping = self.segment.stage() == Stage::Stopping;
+        let is_stopping = self.is_over();
         self.knows_the_end.set(is_stopping);
         is_stopping
+    }
+
+    fn is_over(&self) -> bool {
+        self.segment.stage() == Stage::Stopping || self.is_retiring()
+    }
+
+    fn is_retiring(&self) -> bool {
+        self.segment.is_retiring(Slot::Worker(self.worker.number()))
     }
 }
 

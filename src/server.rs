@@ -5,7 +5,7 @@ use std::{
     error::Error as _,
     fmt, io,
     net::{SocketAddr, TcpListener},
-    path::Path,
+    path::{Path, PathBuf},
     process::ExitStatus,
     time::Duration,
 };
@@ -14,12 +14,12 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     builtin::{Builtin, BuiltinError},
-    config::{Affinity, ByteSize, Config, ConfigError, Place, PoolSpec},
+    config::{Affinity, ByteSize, Config, ConfigError, PoolSpec},
     handler::{Failure, Handler, Item, Reply},
     process::{self, DeadChildren, ForkError},
     program::Program,
     segment::{Geometry, SegmentError, SegmentOwner},
-    supervisor::{PoolPlan, Signals, Supervisor, SupervisorError, Work},
+    supervisor::{App, PoolPlan, Signals, Supervisor, SupervisorError, Work},
 };
 
 /// Connections that wait in the kernel until the front accepts them, as they do while it is restarted.
@@ -195,17 +195,24 @@ impl Server {
                     builtin.check().map_err(|error| ServerError::Handler { pool: spec.name.clone(), error })?;
                     Pool::with_handler(&spec.name, builtin)
                 }
-                Err(error) => match Program::python(python, &spec.handler, preload) {
+                Err(error) => match Program::python(python, &spec.handler, preload, config.reload) {
                     Some(program) if matches!(error, BuiltinError::Unknown(_)) => Pool::program(&spec.name, program),
                     _ => return Err(ServerError::Handler { pool: spec.name.clone(), error }),
                 },
             };
-            let PoolSpec { workers, item_timeout, worker_memory, worker_env, affinity, .. } = spec.clone();
+            let PoolSpec { workers, item_timeout, worker_memory, mut worker_env, affinity, .. } = spec.clone();
+            if config.reload {
+                // Python's copies of modules are as good as a second, which is too long.
+                worker_env.entry("PYTHONDONTWRITEBYTECODE".to_owned()).or_insert_with(|| "1".to_owned());
+            }
             Ok(Pool { workers, item_timeout, worker_memory, worker_env, affinity, ..pool })
         });
         let pools: Vec<_> = pools.collect::<Result<_, ServerError>>()?;
-        if config.preload && pools.iter().all(|pool| pool.program_of().is_none()) {
-            return Err(ServerError::NoPython("preload"));
+        let needs_python = [("preload", config.preload), ("reload", config.reload)];
+        if let Some((option, _)) = needs_python.iter().find(|(_, is_set)| *is_set)
+            && pools.iter().all(|pool| pool.program_of().is_none())
+        {
+            return Err(ServerError::NoPython(option));
         }
         Ok(Server { pools, config })
     }
@@ -268,15 +275,17 @@ impl Server {
         self.config.validate()?;
         let config = &self.config;
         let places: Vec<_> = config.pools.iter().map(|spec| config.place_of(spec)).collect();
-        let mut checked = Vec::new();
-        for (pool, place) in self.pools.iter().zip(&places) {
+        let mut apps: Vec<App> = Vec::new();
+        for (number, (pool, place)) in (0..).zip(self.pools.iter().zip(&places)) {
+            let (Some(program), variables) = (pool.program_of(), place.variables(0)) else { continue };
             // One check for all pools that run the same in the same environment.
-            let subject = (pool.program_of(), place.variables(0));
-            if !checked.contains(&subject) {
-                check(pool, place)?;
-                checked.push(subject);
+            if !apps.iter_mut().any(|app| app.is_of(number, program, &variables)) {
+                let mut app = App::new(program.clone(), variables.clone(), check(pool, program, &variables)?);
+                app.is_of(number, program, &variables);
+                apps.push(app);
             }
         }
+        let apps = if config.reload { apps } else { Vec::new() };
         let pools = self.pools.into_iter().zip(places).zip(&config.pools).map(|((pool, place), spec)| PoolPlan {
             name: pool.name,
             workers: config.workers_of(spec),
@@ -301,7 +310,7 @@ impl Server {
         let address = listener.local_addr().map_err(|error| ServerError::Listen { address, error })?;
         let shapes: Vec<_> = pools.iter().map(|pool| (pool.name.clone(), pool.workers)).collect();
         let owner = SegmentOwner::take(&self.config.name, geometry, &shapes, self.config.fresh)?;
-        let supervisor = Supervisor::new(self.config, pools, listener, owner)?;
+        let supervisor = Supervisor::new(self.config, pools, listener, owner, apps)?;
         Ok(BoundServer { address, supervisor, signals, _dead: dead })
     }
 
@@ -332,16 +341,15 @@ impl BoundServer {
 }
 
 /// What is wrong with a pool's program is said before there is a port that clients could reach. It is looked at in the
-/// environment of the first worker.
-fn check(pool: &Pool, place: &Place) -> Result<(), ServerError> {
-    let Some(program) = pool.program_of() else { return Ok(()) };
+/// environment of the first worker. The result is the files that it is made of, if it tells of any.
+fn check(pool: &Pool, program: &Program, variables: &[(String, String)]) -> Result<Vec<PathBuf>, ServerError> {
     let (pool, handler, name) = (pool.name.clone(), program.to_string(), program.name().display().to_string());
-    match program.check(place.variables(0)) {
-        Ok(Some(status)) if !status.success() => Err(match program.lacks_package() {
+    match program.check(variables.to_vec()) {
+        Ok(Some((status, _))) if !status.success() => Err(match program.lacks_package() {
             true => ServerError::NoPackage { pool, handler, python: name },
             false => ServerError::Check { pool, handler, status },
         }),
-        Ok(_) => Ok(()),
+        Ok(checked) => Ok(checked.map(|(_, files)| files).unwrap_or_default()),
         Err(error) => Err(ServerError::Program { pool, program: name, error }),
     }
 }

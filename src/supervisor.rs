@@ -19,6 +19,7 @@ mod crash_loop;
 mod nursery;
 mod orphans;
 pub(crate) mod overdue;
+mod reload;
 mod spawn;
 
 use std::{
@@ -56,6 +57,9 @@ use crash_loop::{Record, Verdicts};
 use nursery::Nursery;
 use orphans::Orphans;
 use overdue::Watch;
+use reload::Reload;
+
+pub(crate) use reload::App;
 
 const FORK_AGAIN: Duration = Duration::from_secs(1);
 
@@ -136,6 +140,8 @@ struct Seat {
     child: Option<Child>,
     restart_at: Option<Instant>,
     record: Record,
+    /// The worker was told to end, for another.
+    is_retiring: bool,
     /// What a worker that is a program rings when it has attached.
     arrival: Option<Bell>,
 }
@@ -156,12 +162,17 @@ enum Event {
     NurseryDeath(usize),
     /// Somebody died.
     Orphans,
+    /// Some were written.
+    Files,
+    /// The look at this app is over.
+    Checked(usize),
 }
 
 impl Seat {
     /// What the registry should say of it.
     fn liveness(&self) -> Liveness {
         match &self.child {
+            Some(child) if self.is_retiring => Liveness::Retiring(child.pid()),
             Some(child) if self.record.is_failing() => Liveness::Failing(child.pid()),
             Some(child) if !self.record.has_arrived() => Liveness::Starting(child.pid()),
             Some(child) => Liveness::Live(child.pid()),
@@ -191,6 +202,8 @@ pub struct Supervisor {
     nurseries: Vec<Nursery>,
     /// If there are nurseries.
     orphans: Option<Orphans>,
+    /// If files are watched.
+    reload: Option<Reload>,
     /// Whether the gate is.
     is_open: bool,
     /// No front has ended yet.
@@ -198,12 +211,13 @@ pub struct Supervisor {
 }
 
 impl Supervisor {
-    /// Puts everything together; nothing is forked yet.
-    pub fn new(
+    /// Puts everything together; nothing is forked yet. The files of `apps` are watched, if there are any.
+    pub(crate) fn new(
         config: Config,
         pools: Vec<PoolPlan>,
         listener: TcpListener,
         owner: SegmentOwner,
+        apps: Vec<App>,
     ) -> Result<Self, SupervisorError> {
         let segment = Segment::attach(owner.object(), owner.name(), Slot::Supervisor)?;
         if let Some(pid) = owner.left_by() {
@@ -219,6 +233,7 @@ impl Supervisor {
             child: None,
             restart_at: Some(Instant::now()),
             record: Record::new(),
+            is_retiring: false,
             arrival,
         };
         // Workers first, so that the front finds them there.
@@ -234,6 +249,7 @@ impl Supervisor {
         let timeouts = pools.iter().flat_map(|pool| (0..pool.workers).map(|_| pool.item_timeout));
         let watch = Watch::new(timeouts)?;
         let (config, verdicts) = (Arc::new(config), Verdicts::default());
+        let reload = if apps.is_empty() { None } else { Some(Reload::new(apps)?) };
         let has_nursery = |pool: &PoolPlan| matches!(&pool.work, Work::Program(program) if program.has_nursery());
         let nurseries = (0_u16..).zip(&pools).filter(|(_, pool)| has_nursery(pool));
         let nurseries: Vec<_> = nurseries.map(|(number, _)| Nursery::new(number)).collect();
@@ -251,6 +267,7 @@ impl Supervisor {
             verdicts,
             nurseries,
             orphans: None,
+            reload,
             is_open: false,
             is_first_front: true,
         })
@@ -333,6 +350,7 @@ impl Supervisor {
                     self.spawn(at)?;
                 }
             }
+            self.roll(now, stage);
             self.tend(now)?;
 
             self.settle(now);
@@ -340,6 +358,7 @@ impl Supervisor {
 
             let next = self.seats.iter().filter_map(|seat| seat.restart_at.or_else(|| seat.settles_at()));
             let next = next.chain(self.nurseries.iter().filter_map(|nursery| nursery.restart_at));
+            let next = next.chain(self.reload.iter().filter_map(|reload| reload.due));
             let next = next.chain(give_up_at).chain(self.watch.due()).min();
             let events = self.sleep(signals, next)?;
             if events.contains(&Event::Signal) && signals.fd.read_signal().map_err(io::Error::from)?.is_some() {
@@ -359,6 +378,8 @@ impl Supervisor {
                     Event::News(at) => self.hear(at),
                     Event::NurseryDeath(at) => self.bury_nursery(at)?,
                     Event::Orphans => self.reap_orphans()?,
+                    Event::Files => self.reload.as_mut().map_or(Ok(()), |reload| reload.note_changes(now))?,
+                    Event::Checked(at) => self.conclude(at)?,
                     // Seen to above, in each turn.
                     Event::Signal | Event::Overdue => {}
                 }
@@ -407,6 +428,7 @@ impl Supervisor {
         }
         fds.extend(self.nurseries.iter().enumerate().flat_map(|(at, nursery)| nursery.fds(at)));
         fds.extend(self.orphans.iter().map(|orphans| (Event::Orphans, orphans.as_fd())));
+        fds.extend(self.reload.iter().flat_map(Reload::fds));
         fds.extend(self.watch.fds().map(|fd| (Event::Overdue, fd)));
         let mut polls: Vec<_> = fds.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
         // Rounded up, so that what is due is due.
@@ -475,6 +497,12 @@ impl Supervisor {
         if is_front && take(&mut self.is_first_front) && status.code() == Some(EXIT_HOPELESS.into()) {
             return Err(SupervisorError::Front);
         }
+        let has_retired = std::mem::take(&mut seat.is_retiring) && status.success();
+        if has_retired {
+            tracing::debug!(process, pid, "ended, for another");
+            seat.restart_at = Some(Instant::now());
+            return Ok(());
+        }
         // A worker that was ended for its item would have lived on.
         let delay = if was_ended { Duration::ZERO } else { seat.record.end(Instant::now()) };
         seat.restart_at = Some(Instant::now() + delay);
@@ -530,6 +558,7 @@ impl Supervisor {
     /// Kills and reaps whoever is left.
     fn kill_all(&mut self) -> usize {
         self.close_nurseries();
+        self.reload = None;
         let mut left = 0;
         for seat in &mut self.seats {
             if let Some(child) = seat.child.take() {

@@ -23,18 +23,22 @@ use crate::{
     dispatch::{Claimed, Failure, Worker},
     handler::Handler,
     process::now,
-    segment::Stage,
+    segment::{Slot, Stage},
     spin::Spinner,
 };
 
-/// Works until the server stops.
+/// Works until the server stops, or wants another in this one's place.
 pub fn run(worker: &mut Worker<'_>, handler: &mut dyn Handler, spin: Spin, max_result: usize) -> io::Result<()> {
     let mut spinner = Spinner::new(spin);
     let mut slept = false;
     let mut was_idle = false;
     // When the item before was done: that is when this one was claimed, and looking at the clock costs as much as an item.
     let mut done = None;
+    let slot = Slot::Worker(worker.number());
     loop {
+        if worker.segment().is_retiring(slot) {
+            return Ok(());
+        }
         if let Some(claimed) = worker.take() {
             worker.chain();
             if was_idle {

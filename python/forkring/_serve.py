@@ -18,6 +18,7 @@ def serve(
     worker_env: Optional[Mapping[str, str]] = None,
     affinity: Union[str, Iterable[int], None] = None,
     preload: bool = False,
+    reload: bool = False,
     options: tuple[str, ...] = (),
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, each handler in a pool of its own name.
@@ -26,7 +27,7 @@ def serve(
     this under `if __name__ == "__main__":`, and before anything that starts threads. `worker_env` are environment
     variables of workers, `{worker}` in a value being the worker's number in its pool; `affinity` is "auto" or the CPUs that
     are dealt out to a pool's workers in turn. With `preload` the handlers are imported once, and the workers forked from
-    there. `options` are more of `forkring serve`'s. What is wrong is said on stderr,
+    there; with `reload` workers are replaced when a file changes that they were imported from. `options` are more of `forkring serve`'s. What is wrong is said on stderr,
     and is a SystemExit.
     """
     if not handlers:
@@ -37,8 +38,7 @@ def serve(
     for option, value in (("--workers", workers), ("--listen", listen), ("--name", name), ("--affinity", affinity)):
         if value is not None:
             arguments += [option, str(value)]
-    if preload:
-        arguments.append("--preload")
+    arguments += [option for option, given in (("--preload", preload), ("--reload", reload)) if given]
     for variable, text in (worker_env or {}).items():
         arguments += ["--worker-env", f"{variable}={text}"]
     for handler in handlers:

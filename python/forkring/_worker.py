@@ -1,7 +1,8 @@
-"""A worker: `python -m forkring._worker [--check] [--preload] HANDLER`.
+"""A worker: `python -m forkring._worker [--check [--files]] [--preload] HANDLER`.
 
-With `--check` it only looks whether the handler can be a worker's; the server asks before it takes its port. With `--preload`
-it is no worker but forks them, once the handler is imported. A handler is `module:attribute` or `file.py:attribute`.
+With `--check` it only looks whether the handler can be a worker's; the server asks before it takes its port. With `--files`
+it then tells on stdout what it imported. With `--preload` it is no worker but forks them, once the handler is imported. A
+handler is `module:attribute` or `file.py:attribute`.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import sys
 from types import ModuleType
 from typing import Any, Callable, NoReturn
 
-from forkring import _core, _preload
+from forkring import _core, _files, _preload
 from forkring._errors import BadHandler, format_traceback
 from forkring._forms import BadForm, takes_a_batch, worker_of
 
@@ -133,6 +134,7 @@ def _ignore(*_: object) -> None:
 def main(arguments: list[str]) -> int:
     *options, spec = arguments
     check, preload = "--check" in options, "--preload" in options
+    tell = _files.teller() if "--files" in options else _files.nobody
     nursery = None
     if not check:
         # Before the module is imported, which may start programs: they would keep the server's name.
@@ -147,6 +149,7 @@ def main(arguments: list[str]) -> int:
         if preload:
             _preload.refuse(spec)
         if check:
+            tell(None)
             return 0
         if nursery is not None:
             _preload.become_worker(nursery, spec)
@@ -157,10 +160,12 @@ def main(arguments: list[str]) -> int:
         handler = make()
     except BadHandler as error:
         print(f"forkring: {error}", file=sys.stderr)
+        tell(error)
         return 2
     except BaseException as error:
         # All of it is the user's.
         print(format_traceback(error), file=sys.stderr)
+        tell(error)
         return 2
     if nursery is not None:
         nursery.hand_over()

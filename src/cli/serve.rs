@@ -142,6 +142,11 @@ pub struct ServeArgs {
           default_missing_value = "true", value_parser = BoolishValueParser::new())]
     preload: Option<bool>,
 
+    /// For development: when a file changes that a handler in Python is imported from, replace its workers one by one
+    #[arg(long, env = "FORKRING_RELOAD", value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    reload: Option<bool>,
+
     /// Submitted items that may be pending or wait for subscribers [default: half the capacity]
     #[arg(long, env = "FORKRING_OUTBOX", value_name = "ITEMS")]
     outbox: Option<u32>,
@@ -195,6 +200,7 @@ impl ServeArgs {
         lay(self.max_message, &mut config.max_message);
         lay(self.spin, &mut config.spin);
         lay(self.preload, &mut config.preload);
+        lay(self.reload, &mut config.reload);
         lay(self.grace, &mut config.grace);
         lay(self.max_attempts, &mut config.max_attempts);
         lay(self.dead_letters, &mut config.dead_letters);
@@ -338,6 +344,7 @@ mod tests {
             worker_env: [("A".into(), "{worker}".into())].into(),
             affinity: Affinity::Auto,
             preload: true,
+            reload: true,
             grace: Duration::from_secs(1),
             outbox: Some(6),
             max_connections: 8,
@@ -366,6 +373,7 @@ mod tests {
             worker_env: vec!["A={worker}".parse().expect("the test's own variable")],
             affinity: vec![affinity("auto").expect("the test's own limit")],
             preload: Some(true),
+            reload: Some(true),
             outbox: Some(6),
             max_connections: Some(8),
             body_timeout: Some(wanted.body_timeout),

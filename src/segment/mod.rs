@@ -33,6 +33,7 @@ mod letters;
 mod owner;
 mod pins;
 mod record;
+mod registry;
 mod view;
 
 use std::{
@@ -65,11 +66,11 @@ pub use letters::{Letter, LetterKey, LetterLog, Letters};
 pub use owner::SegmentOwner;
 pub use pins::Pin;
 pub use record::{INLINE, Inline, ItemRecord, WINDOW};
+pub use registry::Liveness;
 
 use crate::{
     crash_point::crash_point,
     doorbell::Sleepers,
-    process,
     ring::{Consumer, Lane, Producer, returns},
 };
 use layout::{BLOCK, PAGE};
@@ -132,30 +133,6 @@ pub enum Stage {
     Draining = 1,
     /// Workers end when their lanes are empty.
     Stopping = 2,
-}
-
-/// What the registry says of a participant slot.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Liveness {
-    /// Nobody is in the slot.
-    Free,
-    /// The process with this pid is, and has not attached yet.
-    Starting(u32),
-    /// The process with this pid is.
-    Live(u32),
-    /// The process with this pid is, and those before it kept dying soon after their start: do not count on it.
-    Failing(u32),
-    /// It has died and its items are being given back.
-    Dead,
-}
-
-/// One line of the registry. Written by the supervisor.
-#[repr(C)]
-struct Registration {
-    /// 0 free, 1 live, 2 dead, 3 live and failing, 4 starting.
-    state: AtomicU32,
-    pid: AtomicU32,
-    start: AtomicU64,
 }
 
 /// What others leave at a participant's door, each line in a block of its own.
@@ -378,46 +355,6 @@ impl Segment {
     /// A front's note that a return ring was full.
     pub fn rescan(&self, front: u16) -> &AtomicU64 {
         &self.door(Slot::Front(front)).rescan
-    }
-
-    fn registration(&self, slot: Slot) -> &Registration {
-        let Some(n) = self.layout.participant(slot) else { panic!("no such participant") };
-        self.control.at(self.layout.registry + n * BLOCK)
-    }
-
-    /// What the registry says of a slot.
-    pub fn liveness(&self, slot: Slot) -> Liveness {
-        let line = self.registration(slot);
-        match line.state.load(Acquire) {
-            0 => Liveness::Free,
-            1 => Liveness::Live(line.pid.load(Relaxed)),
-            3 => Liveness::Failing(line.pid.load(Relaxed)),
-            4 => Liveness::Starting(line.pid.load(Relaxed)),
-            _ => Liveness::Dead,
-        }
-    }
-
-    /// The supervisor's: what is in the slot now. Whoever looks at the registry is told by the epoch.
-    pub fn set_liveness(&self, slot: Slot, liveness: Liveness) {
-        let line = self.registration(slot);
-        let state = match liveness {
-            Liveness::Free => 0,
-            Liveness::Live(pid) | Liveness::Failing(pid) | Liveness::Starting(pid) => {
-                line.pid.store(pid, Relaxed);
-                // Unreadable only if the process is gone already, and then its death is about to be seen.
-                line.start.store(process::start_time(pid).unwrap_or(0), Relaxed);
-                match liveness {
-                    Liveness::Starting(_) => 4,
-                    Liveness::Failing(_) => 3,
-                    _ => 1,
-                }
-            }
-            Liveness::Dead => 2,
-        };
-        crash_point!("registry.written");
-        line.state.store(state, Release);
-        crash_point!("registry.stated");
-        self.header().epoch.fetch_add(1, Release);
     }
 
     /// Counts the changes of the registry and of the draining flag.

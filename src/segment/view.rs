@@ -22,9 +22,10 @@ use std::{
 use memmap2::{Advice, MmapOptions, MmapRaw};
 
 use super::{
-    Door, Header, ItemRecord, Registration,
+    Door, Header, ItemRecord,
     identity::PoolLine,
     letters::{Counts, Entry},
+    registry::Registration,
 };
 
 /// Types that may be looked at in shared memory: every bit pattern is a value, and every field is an atomic.

@@ -20,12 +20,15 @@ use std::{
     time::Instant,
 };
 
-use super::{EXIT_HOPELESS, Event, FORK_AGAIN, Supervisor, SupervisorError, Work, cause, crash_loop::Record};
+use super::{
+    EXIT_HOPELESS, Event, FORK_AGAIN, Supervisor, SupervisorError, Work, cause, crash_loop::Record, reload::Reload,
+};
 use crate::{
     contract::{
         self,
         nursery::{News, Order},
     },
+    dispatch::Topology,
     process::{self, Child},
     program::Program,
     segment::Slot,
@@ -45,6 +48,8 @@ pub(super) struct Nursery {
     asked: VecDeque<usize>,
     /// The seat whose worker is on its way.
     ordered: Option<usize>,
+    /// It was ended for one that imports what has changed.
+    is_renewed: bool,
 }
 
 #[derive(Debug)]
@@ -55,12 +60,24 @@ struct Process {
 
 impl Nursery {
     pub(super) fn new(pool: u16) -> Self {
-        let (asked, ordered) = (VecDeque::new(), None);
-        Nursery { pool, process: None, restart_at: Some(Instant::now()), record: Record::new(), asked, ordered }
+        let restart_at = Some(Instant::now());
+        let (asked, ordered, is_renewed) = (VecDeque::new(), None, false);
+        Nursery { pool, process: None, restart_at, record: Record::new(), asked, ordered, is_renewed }
     }
 
     pub(super) fn pool(&self) -> u16 {
         self.pool
+    }
+
+    /// Whether a seat's worker comes from here.
+    pub(super) fn is_of(&self, seat: usize, topology: &Topology) -> bool {
+        // Seats of workers have their numbers.
+        u16::try_from(seat).ok().and_then(|number| topology.pool_of(number)) == Some(self.pool)
+    }
+
+    /// Whether it can fork now.
+    pub(super) fn is_ready(&self) -> bool {
+        self.process.is_some() && self.record.has_arrived() && !self.is_renewed
     }
 
     pub(super) fn pid(&self) -> Option<u32> {
@@ -70,6 +87,17 @@ impl Nursery {
     /// Asks for a worker.
     pub(super) fn ask(&mut self, seat: usize) {
         self.asked.push_back(seat);
+    }
+
+    /// Ends it for another, which imports everything anew.
+    pub(super) fn renew(&mut self) {
+        match &self.process {
+            None => self.restart_at = Some(Instant::now()),
+            Some(process) => match process.child.kill() {
+                Ok(()) => self.is_renewed = true,
+                Err(error) => tracing::error!(%error, "cannot end a nursery"),
+            },
+        }
     }
 
     /// Whether a seat's worker has been asked for and is not there yet.
@@ -109,7 +137,7 @@ impl Supervisor {
             }
             let nursery = &self.nurseries[at];
             let Some(&seat) = nursery.asked.front() else { continue };
-            let Some(process) = nursery.process.as_ref().filter(|_| nursery.record.has_arrived()) else { continue };
+            let Some(process) = nursery.process.as_ref().filter(|_| nursery.is_ready()) else { continue };
             if nursery.ordered.is_some() {
                 continue;
             }
@@ -241,6 +269,10 @@ impl Supervisor {
         if let Some(seat) = nursery.ordered.take() {
             nursery.asked.push_front(seat);
         }
+        if std::mem::take(&mut nursery.is_renewed) {
+            nursery.restart_at = Some(Instant::now());
+            return Ok(());
+        }
         let delay = nursery.record.end(Instant::now());
         nursery.restart_at = Some(Instant::now() + delay);
         let pool = &self.pools[usize::from(nursery.pool)].name;
@@ -266,9 +298,10 @@ impl Supervisor {
         }
     }
 
-    /// Whether this is a process that is waited for by its seat or its nursery's place.
+    /// Whether this is a process that is waited for elsewhere.
     pub(super) fn knows(&self, pid: u32) -> bool {
         let seated = self.seats.iter().filter_map(|seat| seat.child.as_ref().map(Child::pid));
+        let seated = seated.chain(self.reload.iter().flat_map(Reload::pids));
         seated.chain(self.nurseries.iter().filter_map(Nursery::pid)).any(|known| known == pid)
     }
 

@@ -31,8 +31,7 @@ impl Supervisor {
             // The one before may have rung it and died.
             bell.drain()?;
         }
-        let pool = if let Slot::Worker(number) = slot { self.topology.pool_of(number) } else { None };
-        if let Some(nursery) = self.nurseries.iter_mut().find(|nursery| Some(nursery.pool()) == pool) {
+        if let Some(nursery) = self.nurseries.iter_mut().find(|nursery| nursery.is_of(at, &self.topology)) {
             nursery.ask(at);
             return Ok(());
         }
@@ -79,6 +78,7 @@ impl Supervisor {
         let seat = &mut self.seats[at];
         tracing::debug!(process = seat.name, pid = child.pid(), "started");
         seat.record.begin();
+        seat.is_retiring = false;
         if seat.arrival.is_none() {
             seat.record.arrive(Instant::now());
         }
