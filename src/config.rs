@@ -514,7 +514,7 @@ mod tests {
                     c.pools = pools(&["a=echo"]);
                     c.worker_env = variables(&[("A=B", "")]);
                 }),
-                "pool a: `A=B` is not the name of an environment variable",
+                "pool a: \"A=B\" is not the name of an environment variable",
             ),
         ] {
             assert!(found.starts_with(wanted), "{found} / {wanted}");

@@ -99,7 +99,7 @@ pub enum ConfigError {
         memory: ByteSize,
     },
     /// What cannot be set in an environment.
-    #[error("pool {pool}: `{name}` is not the name of an environment variable, or its value has a zero byte")]
+    #[error("pool {pool}: {name:?} is not the name of an environment variable, or its value has a zero byte")]
     Variable {
         /// Which pool.
         pool: String,

@@ -9,7 +9,7 @@ use std::{
 
 use forkring::{
     builtin::Builtin,
-    config::{ByteSize, LogFormat, PoolSpec, Spin, format_duration, parse_duration, parse_listen},
+    config::{Affinity, ByteSize, LogFormat, PoolSpec, Spin, Variable, format_duration, parse_duration, parse_listen},
     fuzzing,
 };
 
@@ -18,6 +18,8 @@ libfuzzer_sys::fuzz_target!(|text: &str| {
     comes_back::<ByteSize>(text);
     comes_back::<Spin>(text);
     comes_back::<LogFormat>(text);
+    comes_back::<Affinity>(text);
+    let _ = text.parse::<Variable>();
     let _ = text.parse::<Builtin>();
     if let Ok(duration) = parse_duration(text) {
         assert_eq!(parse_duration(&format_duration(duration)), Ok(duration));
