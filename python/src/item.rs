@@ -13,7 +13,7 @@ use std::{
 
 use forkring::{
     Failure,
-    dispatch::{self, Credit, ReplyError},
+    dispatch::{self, Credit, ReplyError, Room},
     process,
     sdk::OpenItem,
     segment::{INLINE, Segment},
@@ -56,6 +56,14 @@ struct State {
     metadata: Option<Py<PyDict>>,
     /// Why it will fail, whatever else is said of it.
     failure: Option<Failure>,
+}
+
+/// Whether there is memory.
+enum Reserved {
+    Now,
+    /// It is worth trying again then.
+    After(Room<'static>),
+    No,
 }
 
 /// One unit of work.
@@ -126,26 +134,47 @@ impl Item {
         let filled = filled.as_ref().map(|filled| filled.bind(py));
         let source = Source::of(value, filled)?;
         let in_arena = filled.is_some_and(|filled| filled.get().is_in_arena());
-        let written = self.with_reply(|reply| {
-            if in_arena && !matches!(source, Source::Filled { .. }) {
+        let is_filled = matches!(source, Source::Filled { .. });
+        let start = self.with_reply(|reply| {
+            if in_arena && !is_filled {
                 // The handler still has that memory, and may write there.
                 reply.discard();
             }
-            let start = if in_arena { 0 } else { reply.len() };
-            if !may_wait && !matches!(source, Source::Filled { .. }) {
-                // A partial result has a block, however small it is.
-                let least = if what == As::Part { INLINE + 1 } else { 0 };
-                if !reply.try_reserve((start + source.len()).max(least))? {
-                    return Ok(false);
-                }
-            }
-            source.write(py, start, reply).map(|()| true)
+            if in_arena { 0 } else { reply.len() }
         });
-        let written = written.map_err(Failure::handler)??;
-        if written {
-            drop(self.state(|state| state.reply.take()));
+        let start = start.map_err(Failure::handler)?;
+        // A partial result has a block, however small it is.
+        let least = if what == As::Part { INLINE + 1 } else { 0 };
+        let mut is_there = is_filled;
+        while !is_there {
+            match self.reserve((start + source.len()).max(least), may_wait).map_err(Failure::handler)?? {
+                Reserved::Now => is_there = true,
+                // Other threads of the handler go on.
+                Reserved::After(room) => py.detach(|| room.wait())?,
+                Reserved::No => return Ok(false),
+            }
         }
-        Ok(written)
+        self.with_reply(|reply| source.write(py, start, reply)).map_err(Failure::handler)??;
+        drop(self.state(|state| state.reply.take()));
+        Ok(true)
+    }
+
+    /// Sees to memory for a result of so many bytes.
+    fn reserve(&self, len: usize, may_wait: bool) -> PyResult<Result<Reserved, ReplyError>> {
+        self.with_reply(|reply| {
+            if reply.try_reserve(len)? {
+                return Ok(Reserved::Now);
+            }
+            if !may_wait {
+                return Ok(Reserved::No);
+            }
+            match reply.lacks_room() {
+                Ok(room) => Ok(Reserved::After(room)),
+                // The last that can be done is to move what there is of the result, which is done when it is written to.
+                Err(ReplyError::NoRoom) => Ok(Reserved::Now),
+                Err(error) => Err(error),
+            }
+        })
     }
 
     /// Sends what was written as a partial result. False, if there is no credit yet.
@@ -292,21 +321,24 @@ impl Item {
     /// from there with no copy.
     fn reply(&self, py: Python<'_>, nbytes: usize) -> PyResult<Py<Reply>> {
         let waits = matches!(self.lent()?, Lent::Handled { .. });
-        if self.state(|state| state.reply.is_some()) {
-            return Err(PyValueError::new_err("the item has its reply: ask for one only, of the most bytes"));
+        // Behind the parts of a result that comes in one it is copied; and of many items none makes the others wait.
+        let mut is_copied = nbytes <= INLINE || self.with_reply(|reply| !reply.is_empty())?;
+        loop {
+            // Anew after each wait: other threads go on.
+            if self.state(|state| state.reply.is_some()) {
+                return Err(PyValueError::new_err("the item has its reply: ask for one only, of the most bytes"));
+            }
+            if is_copied {
+                break;
+            }
+            match self.reserve(nbytes, waits)?.map_err(|error| no_room(py, error))? {
+                Reserved::Now => break,
+                Reserved::After(room) => py.detach(|| room.wait())?,
+                Reserved::No => is_copied = true,
+            }
         }
-        let reply = self.with_reply(|reply| {
-            let (len, most) = (reply.len().saturating_add(nbytes), reply.max_len());
-            if len > most {
-                return Err(ReplyError::TooLarge { len, most });
-            }
-            // Behind the parts of a result that comes in one it is copied; and of many items none makes the others wait.
-            if nbytes <= INLINE || !reply.is_empty() || (!waits && !reply.try_reserve(nbytes)?) {
-                return Ok(Reply::own(nbytes));
-            }
-            lend(reply, nbytes)
-        })?;
-        let reply = Py::new(py, reply.map_err(|error| no_room(py, error))?)?;
+        let lent = self.with_reply(|reply| lend(reply, nbytes, is_copied))?;
+        let reply = Py::new(py, lent.map_err(|error| no_room(py, error))?)?;
         self.state(|state| state.reply = Some(reply.clone_ref(py)));
         Ok(reply)
     }
@@ -316,8 +348,15 @@ impl Item {
     }
 }
 
-/// Memory in the arena.
-fn lend(reply: &mut dispatch::Reply<'_, '_>, len: usize) -> Result<Reply, ReplyError> {
+/// Memory in the arena, or to copy from.
+fn lend(reply: &mut dispatch::Reply<'_, '_>, len: usize, is_copied: bool) -> Result<Reply, ReplyError> {
+    let (end, most) = (reply.len().saturating_add(len), reply.max_len());
+    if end > most {
+        return Err(ReplyError::TooLarge { len: end, most });
+    }
+    if is_copied {
+        return Ok(Reply::own(len));
+    }
     reply.buffer(len)?;
     let hold = reply.hold().ok_or(ReplyError::NoRoom)?;
     let bytes = reply.buffer(len)?;

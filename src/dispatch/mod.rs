@@ -33,6 +33,7 @@ mod partial;
 mod reply;
 mod request;
 mod sweep;
+mod waiting;
 mod word;
 mod worker;
 
@@ -42,10 +43,11 @@ pub use front::{Adopted, Broken, Completion, Front, Outcome, Partial};
 pub use letters::{DeadLetters, Death};
 pub use mend::mend;
 pub use open::Open;
-pub use output::{Credit, Hold};
+pub use output::Hold;
 pub use reply::{Reply, ReplyError};
 pub use request::{Kind, Offer, OfferError, Request};
 pub use sweep::{Swept, sweep_front, sweep_worker};
+pub use waiting::{Credit, Room};
 pub use word::{Phase, SUPERVISOR, Word};
 pub use worker::{Claimed, Item, Worker};
 

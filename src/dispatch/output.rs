@@ -5,7 +5,6 @@
 
 use std::{
     collections::VecDeque,
-    io,
     sync::{
         Arc,
         atomic::{Ordering::*, fence},
@@ -17,6 +16,7 @@ use super::{
     Bells, Claimed, Kind, Phase, ReplyError, Word,
     partial::{self, Entry, LEAD},
     request::kind_of,
+    waiting::{Credit, Room, Waiter},
     wake,
 };
 use crate::{
@@ -28,18 +28,40 @@ use crate::{
 };
 
 /// A result that the front may still look at.
-#[derive(Debug)]
-struct Kept {
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Lent {
     index: u32,
     /// With what it was completed: the memory is free again when the item's word is another. Of a partial result the
     /// generation counts.
     word: Word,
+    /// Which of the item's partial results it is, and what was put into its slot; none: it is the result.
+    partial: Option<(u32, Entry)>,
+}
+
+impl Lent {
+    pub fn is_released(&self, segment: &Segment) -> bool {
+        let record = segment.item(self.index);
+        let word = Word::load(&record.word);
+        match self.partial {
+            None => word != self.word,
+            Some((n, entry)) => {
+                let generation = self.word.generation();
+                word.generation() != generation
+                    || !matches!(word.phase(), Phase::Claimed | Phase::Done)
+                    || Entry::look(partial::slot(&record.partials, n), generation) != Some(entry)
+            }
+        }
+    }
+}
+
+/// The same with its memory.
+#[derive(Debug)]
+struct Kept {
+    lent: Lent,
     memory: Memory,
     hold: Option<Hold>,
     /// Its bytes if it is a submitted item's, else 0.
     submitted_bytes: u64,
-    /// Which of the item's partial results it is, and what was put into its slot; none: it is the result.
-    partial: Option<(u32, Entry)>,
 }
 
 /// Keeps a result's memory from being used again: for a handler in another language, whose views of it nobody can end.
@@ -77,7 +99,7 @@ impl<'s> Target<'s> {
     }
 
     /// Why nobody will take a partial result, if nobody will.
-    fn end(&self) -> Option<ReplyError> {
+    pub fn end(&self) -> Option<ReplyError> {
         let deadline = self.record.deadline.load(Relaxed);
         if deadline != 0 && deadline <= now() {
             return Some(ReplyError::Expired);
@@ -86,7 +108,7 @@ impl<'s> Target<'s> {
     }
 
     /// Whether there is a free slot for the n-th partial result.
-    fn has_credit(&self, number: u32) -> bool {
+    pub fn has_credit(&self, number: u32) -> bool {
         Entry::look(partial::slot(&self.record.partials, number), self.word.generation()).is_none()
     }
 }
@@ -141,12 +163,10 @@ impl<'s> Output<'s> {
             if Word::load(&record.word) == word {
                 used.extend(found.iter().map(|(span, ..)| *span));
                 results.extend(found.into_iter().map(|(span, submitted_bytes, partial)| Kept {
-                    index,
-                    word,
+                    lent: Lent { index, word, partial },
                     memory: Memory::Inherited(span),
                     hold: None,
                     submitted_bytes,
-                    partial,
                 }));
             }
         }
@@ -166,31 +186,28 @@ impl<'s> Output<'s> {
 
     /// Memory in the own partition for a result of an item. Waits a while for results that are in the way; not again for
     /// each item if none is fetched. For partial results of the same item it waits as long as their client takes.
-    pub fn allocate(&mut self, len: usize, target: &Target<'_>) -> Result<Block, ReplyError> {
+    pub fn allocate(&mut self, len: usize, target: &Target<'s>) -> Result<Block, ReplyError> {
         loop {
             if let Some(block) = self.try_allocate(len, target) {
                 return Ok(block);
             }
-            let own = self.waits_for_client(target).then_some(target);
-            if let Some(end) = own.and_then(Target::end) {
-                return Err(end);
-            }
-            let since = *self.standstill.get_or_insert_with(Instant::now);
-            let left = if own.is_some() { ROOM_PATIENCE } else { ROOM_PATIENCE.saturating_sub(since.elapsed()) };
-            if self.results.is_empty() || left.is_zero() || self.segment.stage() == Stage::Stopping {
-                return Err(ReplyError::NoRoom);
-            }
-            let door = self.segment.sleeping(Slot::Worker(self.number));
-            door.enter(0);
-            let is_over = own.and_then(Target::end).is_some();
-            let slept = if is_over || self.results.iter().any(|kept| self.is_released(kept)) {
-                Ok(())
-            } else {
-                self.bells.worker(self.number).wait_at_most(left)
-            };
-            door.leave(0);
-            slept.map_err(|_| ReplyError::NoRoom)?;
+            self.room(target)?.wait().map_err(|_| ReplyError::NoRoom)?;
         }
+    }
+
+    /// What to wait for when there is no room. An error, if it was waited for long enough.
+    pub fn room(&mut self, target: &Target<'s>) -> Result<Room<'s>, ReplyError> {
+        let own = self.waits_for_client(target).then_some(*target);
+        if let Some(end) = own.as_ref().and_then(Target::end) {
+            return Err(end);
+        }
+        let since = *self.standstill.get_or_insert_with(Instant::now);
+        let left = if own.is_some() { ROOM_PATIENCE } else { ROOM_PATIENCE.saturating_sub(since.elapsed()) };
+        if self.results.is_empty() || left.is_zero() || self.segment.stage() == Stage::Stopping {
+            return Err(ReplyError::NoRoom);
+        }
+        let results = self.results.iter().map(|kept| kept.lent).collect();
+        Ok(Room { waiter: self.waiter(), own, results, left })
     }
 
     /// The same without waiting; none, if results are in the way.
@@ -199,7 +216,7 @@ impl<'s> Output<'s> {
             self.give_back_held();
         }
         // In order of completion is about the order of release: most of the time this finds all there is to find.
-        while self.results.front().is_some_and(|kept| self.is_released(kept)) {
+        while self.results.front().is_some_and(|kept| kept.lent.is_released(self.segment)) {
             self.reclaim(0);
         }
         let submitted = target.kind == Kind::Submit;
@@ -241,20 +258,6 @@ impl<'s> Output<'s> {
         }
     }
 
-    fn is_released(&self, kept: &Kept) -> bool {
-        let record = self.segment.item(kept.index);
-        let word = Word::load(&record.word);
-        match kept.partial {
-            None => word != kept.word,
-            Some((n, entry)) => {
-                let generation = kept.word.generation();
-                word.generation() != generation
-                    || !matches!(word.phase(), Phase::Claimed | Phase::Done)
-                    || Entry::look(partial::slot(&record.partials, n), generation) != Some(entry)
-            }
-        }
-    }
-
     fn reclaim(&mut self, at: usize) {
         if let Some(kept) = self.results.remove(at) {
             self.give_back(kept.memory, kept.hold);
@@ -266,7 +269,7 @@ impl<'s> Output<'s> {
     fn reclaim_all(&mut self) -> bool {
         let before = self.results.len();
         for at in (0..before).rev() {
-            if self.is_released(&self.results[at]) {
+            if self.results[at].lent.is_released(self.segment) {
                 self.reclaim(at);
             }
         }
@@ -275,22 +278,16 @@ impl<'s> Output<'s> {
 
     /// Whether partial results of an item wait to be taken.
     fn waits_for_client(&self, target: &Target<'_>) -> bool {
-        let is_its = |kept: &Kept| kept.index == target.index && kept.partial.is_some() && !self.is_released(kept);
-        self.results.iter().any(is_its)
+        let mut partial = self.results.iter().map(|kept| kept.lent).filter(|lent| lent.partial.is_some());
+        partial.any(|lent| lent.index == target.index && !lent.is_released(self.segment))
     }
 
     /// Keeps a completed item's result until the front has released it.
     pub fn keep(&mut self, target: &Target<'_>, block: Block, hold: Option<Hold>, len: usize) {
         let submitted_bytes = if target.kind == Kind::Submit { len as u64 } else { 0 };
         self.submitted_bytes += submitted_bytes;
-        self.results.push_back(Kept {
-            index: target.index,
-            word: target.word.with(Phase::Done, self.number),
-            memory: Memory::Own(block),
-            hold,
-            submitted_bytes,
-            partial: None,
-        });
+        let lent = Lent { index: target.index, word: target.word.with(Phase::Done, self.number), partial: None };
+        self.results.push_back(Kept { lent, memory: Memory::Own(block), hold, submitted_bytes });
     }
 
     /// Whether the n-th partial result of an item may be sent now.
@@ -312,14 +309,8 @@ impl<'s> Output<'s> {
         crash_point!("partial.written");
         entry.put(partial::slot(&target.record.partials, number));
         crash_point!("partial.put");
-        self.results.push_back(Kept {
-            index: target.index,
-            word: target.word,
-            memory: Memory::Own(block),
-            hold,
-            submitted_bytes: 0,
-            partial: Some((number, entry)),
-        });
+        let lent = Lent { index: target.index, word: target.word, partial: Some((number, entry)) };
+        self.results.push_back(Kept { lent, memory: Memory::Own(block), hold, submitted_bytes: 0 });
         self.tell(target.front, target.index);
         crash_point!("partial.told");
     }
@@ -351,37 +342,10 @@ impl<'s> Output<'s> {
 
     /// What is waited for when there is no credit.
     pub fn credit(&self, target: Target<'s>, number: u32) -> Credit<'s> {
-        Credit { segment: self.segment, bells: self.bells.clone(), worker: self.number, target, number }
-    }
-}
-
-/// What a worker waits for that may not send another partial result yet: that its front has taken one.
-pub struct Credit<'s> {
-    segment: &'s Segment,
-    bells: Arc<Bells>,
-    worker: u16,
-    target: Target<'s>,
-    number: u32,
-}
-
-impl Credit<'_> {
-    /// Whether it is worth trying again: there is credit, or there never will be.
-    pub fn is_there(&self) -> bool {
-        self.target.has_credit(self.number) || self.target.end().is_some() || self.segment.stage() == Stage::Stopping
+        Credit { waiter: self.waiter(), target, number }
     }
 
-    /// Sleeps until it may be worth trying again. Borrows nothing of the worker, so it may be called without a lock that
-    /// guards that.
-    pub fn wait(&self) -> io::Result<()> {
-        let door = self.segment.sleeping(Slot::Worker(self.worker));
-        let bell = self.bells.worker(self.worker);
-        door.enter(0);
-        let slept = match self.target.record.deadline.load(Relaxed) {
-            _ if self.is_there() => Ok(()),
-            0 => bell.wait(),
-            deadline => bell.wait_at_most(Duration::from_nanos(deadline.saturating_sub(now()))),
-        };
-        door.leave(0);
-        slept
+    fn waiter(&self) -> Waiter<'s> {
+        Waiter { segment: self.segment, bells: self.bells.clone(), worker: self.number }
     }
 }

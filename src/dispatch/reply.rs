@@ -4,9 +4,10 @@ use std::{cell::RefCell, io, sync::atomic::Ordering::Relaxed};
 
 use super::{
     Claimed, Failure, Kind,
-    output::{Credit, Hold, Output, Target},
+    output::{Hold, Output, Target},
     partial::LEAD,
     request::Line,
+    waiting::{Credit, Room},
 };
 use crate::{
     arena::{Block, Memory},
@@ -131,6 +132,11 @@ impl<'s> Reply<'_, 's> {
         }
         let block = self.output.borrow_mut().try_allocate(self.lead() + len, &self.draft.target);
         Ok(block.map(|block| self.move_to(block)).is_some())
+    }
+
+    /// What to wait for before [`Reply::try_reserve`] is worth trying again. An error, if that has been waited for long enough.
+    pub fn lacks_room(&mut self) -> Result<Room<'s>, ReplyError> {
+        self.output.borrow_mut().room(&self.draft.target)
     }
 
     /// Makes the result `len` bytes long and lends them for writing. New bytes have any value.

@@ -72,7 +72,7 @@ def sleepy(item):
     thread.start()
     try:
         for _ in range(int(bytes(item.payload))):
-            yield bytes(100_000)
+            yield bytes(int(item.metadata["size"]))
             note(item, "sent")
     finally:
         done.set()
