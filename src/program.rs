@@ -23,6 +23,8 @@ use crate::{
 
 /// What runs a handler in Python.
 const PYTHON_WORKER: &str = "forkring._worker";
+/// How its check ends when it has said what is wrong.
+const REFUSED: i32 = 2;
 
 /// A command that becomes a worker.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -108,8 +110,16 @@ impl Program {
             python.args(["-c", &format!("import {PYTHON_WORKER}")]);
             python.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).status()
         };
+        self.is_python() && import().is_ok_and(|status| !status.success())
+    }
+
+    /// Whether a check that ended so was ended by what it imported, which was not to say why.
+    pub(crate) fn was_cut_short(&self, status: ExitStatus) -> bool {
+        self.is_python() && status.code() != Some(REFUSED)
+    }
+
+    fn is_python(&self) -> bool {
         self.arguments.iter().any(|argument| argument == PYTHON_WORKER)
-            && import().is_ok_and(|status| !status.success())
     }
 
     /// Becomes the program, in a child that has nothing to lose. Returns only if that fails.

@@ -37,6 +37,8 @@ pub enum ServerError {
     Program { pool: String, program: String, error: io::Error },
     #[error("pool `{pool}` cannot run `{handler}`, its check ended with {status}: the reason is in the lines above")]
     Check { pool: String, handler: String, status: ExitStatus },
+    #[error("pool `{pool}` cannot run `{handler}`: to import it ended the process ({status}), and not by an exception")]
+    CutShort { pool: String, handler: String, status: ExitStatus },
     #[error(
         "pool `{pool}` cannot run `{handler}`: `{python}` has no package forkring; install the wheel in that Python (scripts/wheel), or name another one by --python"
     )]
@@ -345,9 +347,12 @@ impl BoundServer {
 fn check(pool: &Pool, program: &Program, variables: &[(String, String)]) -> Result<Vec<PathBuf>, ServerError> {
     let (pool, handler, name) = (pool.name.clone(), program.to_string(), program.name().display().to_string());
     match program.check(variables.to_vec()) {
-        Ok(Some((status, _))) if !status.success() => Err(match program.lacks_package() {
-            true => ServerError::NoPackage { pool, handler, python: name },
-            false => ServerError::Check { pool, handler, status },
+        Ok(Some((status, _))) if !status.success() => Err(if program.lacks_package() {
+            ServerError::NoPackage { pool, handler, python: name }
+        } else if program.was_cut_short(status) {
+            ServerError::CutShort { pool, handler, status }
+        } else {
+            ServerError::Check { pool, handler, status }
         }),
         Ok(checked) => Ok(checked.map(|(_, files)| files).unwrap_or_default()),
         Err(error) => Err(ServerError::Program { pool, program: name, error }),

@@ -11,7 +11,8 @@
 //!   such workers does not serve (`crash_loop`).
 //! - A worker that takes too long for an item is ended (`overdue`).
 //! - SIGTERM and SIGINT drain: the front takes nothing new, what was accepted is finished and sent, then the workers end,
-//!   then the segment is removed. A second signal, or the end of the grace period, kills what is left.
+//!   then the segment is removed. A second signal, or the end of the grace period, kills what is left. Those that come
+//!   [at once](AT_ONCE) are one: `timeout` sends its signal to the process and to its group.
 //!
 //! Children block both signals: a Ctrl-C goes to the whole process group, and only the supervisor may decide.
 
@@ -62,6 +63,8 @@ use reload::Reload;
 pub(crate) use reload::App;
 
 const FORK_AGAIN: Duration = Duration::from_secs(1);
+/// Nobody means two things in so short a time.
+const AT_ONCE: Duration = Duration::from_millis(200);
 
 /// A child's exit code for a failure that it could not go on with. Of the first front it is the server's own: nothing was
 /// served. Later it is of the moment, such as too few file descriptors, and a successor may do better.
@@ -128,6 +131,8 @@ impl Signals {
 
 impl Drop for Signals {
     fn drop(&mut self) {
+        // What has come meanwhile was meant for what has ended by now.
+        while let Ok(Some(_)) = self.fd.read_signal() {}
         // Fails only for a mask that is none.
         let _ = self.before.thread_set_mask();
     }
@@ -140,6 +145,8 @@ struct Seat {
     child: Option<Child>,
     restart_at: Option<Instant>,
     record: Record,
+    /// How far the worker's returns were when it was started.
+    returned: u64,
     /// The worker was told to end, for another.
     is_retiring: bool,
     /// What a worker that is a program rings when it has attached.
@@ -233,6 +240,7 @@ impl Supervisor {
             child: None,
             restart_at: Some(Instant::now()),
             record: Record::new(),
+            returned: 0,
             is_retiring: false,
             arrival,
         };
@@ -328,7 +336,7 @@ impl Supervisor {
     /// The loop. Ends when the server has drained, is told to stop at once, or cannot go on.
     fn supervise(&mut self, signals: &Signals) -> Result<(), SupervisorError> {
         let mut stage = Stage::Serving;
-        let mut give_up_at = None;
+        let (mut told_at, mut give_up_at): (Option<Instant>, _) = (None, None);
         loop {
             if stage == Stage::Draining && self.is_empty(|slot| matches!(slot, Slot::Front(_))) {
                 stage = Stage::Stopping;
@@ -362,14 +370,20 @@ impl Supervisor {
             let next = next.chain(give_up_at).chain(self.watch.due()).min();
             let events = self.sleep(signals, next)?;
             if events.contains(&Event::Signal) && signals.fd.read_signal().map_err(io::Error::from)?.is_some() {
-                if stage != Stage::Serving {
-                    tracing::warn!("a second signal: stopping at once");
-                    return Ok(());
+                match told_at {
+                    None => {
+                        tracing::info!(grace = ?self.config.grace, "draining");
+                        stage = Stage::Draining;
+                        told_at = Some(Instant::now());
+                        give_up_at = Instant::now().checked_add(self.config.grace);
+                        self.enter(stage);
+                    }
+                    Some(at) if at.elapsed() < AT_ONCE => {}
+                    Some(_) => {
+                        tracing::warn!("a second signal: stopping at once");
+                        return Ok(());
+                    }
                 }
-                tracing::info!(grace = ?self.config.grace, "draining");
-                stage = Stage::Draining;
-                give_up_at = Instant::now().checked_add(self.config.grace);
-                self.enter(stage);
             }
             for event in events {
                 match event {
@@ -462,11 +476,12 @@ impl Supervisor {
         crash_point!("supervisor.dead");
         // How it died is known before it is reaped, and the failure of its items should say so.
         let status = child.peek()?;
-        let mut was_ended = false;
+        let (mut was_ended, mut has_completed) = (false, false);
         let swept = match slot {
             Slot::Worker(worker) => {
                 let timeout = self.watch.bury(worker);
                 was_ended = timeout.is_some();
+                has_completed = self.segment.returned(worker) != self.seats[at].returned;
                 let failure = timeout.unwrap_or_else(|| crashed(status));
                 let death = Death { worker, pid: child.pid(), status, failure };
                 let max_attempts = self.config.max_attempts.into();
@@ -504,7 +519,7 @@ impl Supervisor {
             return Ok(());
         }
         // A worker that was ended for its item would have lived on.
-        let delay = if was_ended { Duration::ZERO } else { seat.record.end(Instant::now()) };
+        let delay = if was_ended { Duration::ZERO } else { seat.record.end(Instant::now(), has_completed) };
         seat.restart_at = Some(Instant::now() + delay);
         tracing::warn!(
             process,

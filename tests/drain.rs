@@ -3,6 +3,7 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
 #[cfg(feature = "crash-points")]
 use std::{fs::File, os::unix::fs::FileExt as _};
 
@@ -255,14 +256,48 @@ fn a_second_signal_ends_it_at_once() {
             files.began(1).await;
             server.signal(first);
             server.logged("draining").await;
-            server.signal(second);
+            // What comes at once is the first one again.
+            let mut told = Instant::now();
+            until("the effect of a second", || {
+                if told.elapsed() > Duration::from_millis(500) {
+                    server.signal(second);
+                    told = Instant::now();
+                }
+                server.log().contains("a second signal").then_some(())
+            })
+            .await;
             assert_eq!(server.ended().await.code(), Some(1), "{}", server.log());
             soon("an answer", call).await.expect("a task").expect_err("nobody is there");
             server.assert_gone(&family);
             assert!(!server.segment().exists());
-            server.logged("a second signal").await;
             server.logged("stopped before the drain was over").await;
         }
+    });
+}
+
+/// As `timeout` sends them, and a terminal together with whoever forwards its signals.
+#[test]
+fn signals_that_come_at_once_are_one() {
+    run(async {
+        let files = Files::new();
+        let mut server = Server::handlers(&["hold"], "").await;
+        let family = server.family(1).await;
+        let client = server.client().await;
+        let call = tokio::spawn({
+            let item = files.holding(1, "go");
+            async move { client.call(item).await }
+        });
+        files.began(1).await;
+        // Seen together, however slow the machine is.
+        server.signal(Signal::SIGSTOP);
+        for number in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCONT] {
+            server.signal(number);
+        }
+        server.logged("draining").await;
+        files.make("go");
+        soon("an answer", call).await.expect("a task").expect("a result");
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
     });
 }
 

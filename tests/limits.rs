@@ -269,6 +269,26 @@ fn a_pool_in_a_crash_loop_does_not_serve_until_a_worker_stays_up() {
     });
 }
 
+#[test]
+fn who_dies_after_an_item_did_not_die_of_its_start() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let (client, health) = (server.client().await, Health::of(&server).await);
+        let mut worker = 0;
+        for id in 1..=12 {
+            worker = server.successor("w0", worker).await;
+            answer(spawn_call(&client, WorkItem::new("echo", "").with_id(id))).await.expect("a result");
+            signal(worker, Signal::SIGKILL);
+            until("its death", || (!is_alive(worker)).then_some(())).await;
+        }
+        server.successor("w0", worker).await;
+        health.until("echo", true).await;
+        let log = server.drain().await;
+        assert_eq!(log.matches("restart_in=0ns").count(), 12, "{log}");
+        assert!(!log.contains("does not serve"), "{log}");
+    });
+}
+
 /// The same for what takes awaiting.
 async fn until_async(what: &str, mut look: impl AsyncFnMut() -> bool) {
     let begin = std::time::Instant::now();

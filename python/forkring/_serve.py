@@ -27,8 +27,8 @@ def serve(
     this under `if __name__ == "__main__":`, and before anything that starts threads. `worker_env` are environment
     variables of workers, `{worker}` in a value being the worker's number in its pool; `affinity` is "auto" or the CPUs that
     are dealt out to a pool's workers in turn. With `preload` the handlers are imported once, and the workers forked from
-    there; with `reload` workers are replaced when a file changes that they were imported from. `options` are more of `forkring serve`'s. What is wrong is said on stderr,
-    and is a SystemExit.
+    there; with `reload` workers are replaced when a file changes that they were imported from. `options` are more of
+    `forkring serve`'s. What is wrong is said on stderr, and is a SystemExit.
     """
     if not handlers:
         raise TypeError("serve() takes at least one handler")

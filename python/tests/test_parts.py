@@ -59,7 +59,7 @@ def test_a_class_may_be_a_generator(serve):
 
 
 # Of small parts it is credit that ends first; of large ones it is room in the arena.
-@pytest.mark.parametrize(("count", "size"), [(400, 100_000), (30, 8_000_000)])
+@pytest.mark.parametrize(("count", "size"), [(1500, 100_000), (30, 8_000_000)])
 def test_a_part_comes_before_the_next_is_made(serve, tmp_path, count, size):
     """It is made no faster than it is read, and its threads run meanwhile."""
     app = serve("parts.py:sleepy")

@@ -9,7 +9,7 @@ import pytest
 from harness import PATIENCE
 from serving import FORKRING, Started, run
 
-def refused(folder, handler, *says, source=None):
+def refused(folder, handler, *says, source=None, ends="the reason is in the lines above"):
     if source is not None:
         (folder / "app.py").write_text(source)
     outcome = run(FORKRING, "serve", handler, "--listen", "127.0.0.1:0", "--name", f"start-{os.getpid()}", folder=folder)
@@ -18,7 +18,7 @@ def refused(folder, handler, *says, source=None):
         assert words in outcome.stderr, outcome.stderr
     assert "/forkring/_" not in outcome.stderr and "importlib" not in outcome.stderr
     last = outcome.stderr.splitlines()[-1]
-    assert last.startswith("forkring: pool `") and last.endswith("the reason is in the lines above")
+    assert last.startswith("forkring: pool `") and last.endswith(ends)
     assert not [name for name in os.listdir("/dev/shm") if f"start-{os.getpid()}" in name]
     return outcome.stderr
 
@@ -35,6 +35,12 @@ def test_an_import_that_fails_shows_its_traceback(tmp_path):
     refused(tmp_path, "app:handle", "ModuleNotFoundError: No module named 'torchh'", source="import torchh")
     refused(tmp_path, "app:handle", "SyntaxError", "app.py", source="def handle(item:\n")
     refused(tmp_path, "app:handle", "SystemExit: 3", source="import sys; sys.exit(3)")
+
+
+@pytest.mark.parametrize("ending, says", [("_exit(3)", "exit status: 3"), ("kill(os.getpid(), 9)", "signal: 9 (SIGKILL)")])
+def test_an_import_that_ends_the_process_is_said_to(tmp_path, ending, says):
+    ends = f"to import it ended the process ({says}), and not by an exception"
+    refused(tmp_path, "app:handle", source=f"import os; os.{ending}", ends=ends)
 
 
 BATCH = "import forkring\n@forkring.batch()\n"
@@ -77,11 +83,6 @@ def test_what_is_no_handler_is_refused(tmp_path, source, says):
 )
 def test_a_decorator_says_what_is_wrong(tmp_path, decorator, says):
     refused(tmp_path, "app:handle", says, source=f"import forkring\n@forkring.{decorator}\ndef handle(item): pass")
-
-
-def test_a_module_that_ends_the_process_says_how(tmp_path):
-    said = refused(tmp_path, "app:handle", source="import os; os._exit(7)")
-    assert "its check ended with exit status: 7" in said
 
 
 def test_a_module_that_is_not_there_is_one_line(tmp_path):

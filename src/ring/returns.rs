@@ -107,6 +107,11 @@ impl<'a> Producer<'a> {
         Producer { head, entries, position, known_head }
     }
 
+    /// How many entries there have been.
+    pub fn position(&self) -> u64 {
+        self.position
+    }
+
     /// Publishes an index; false if the ring is full.
     #[inline]
     pub fn push(&mut self, index: u32) -> bool {

@@ -321,6 +321,12 @@ impl Segment {
         Producer::resume(head, entries)
     }
 
+    /// How much has come back from a worker's slot. Only while nobody is in it.
+    pub fn returned(&self, worker: u16) -> u64 {
+        let fronts = 0..self.geometry().fronts as u16;
+        fronts.fold(0, |sum, front| sum.wrapping_add(self.producer(worker, front).position()))
+    }
+
     /// The front's end of the return ring between the two. There must be one at a time.
     pub fn consumer(&self, worker: u16, front: u16) -> Consumer<'_> {
         let (head, entries) = self.return_ring(worker, front);

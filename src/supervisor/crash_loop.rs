@@ -6,6 +6,7 @@
 //! - A pool whose every worker has died [`FAILING`] times in a row soon after its start is NOT_SERVING, and stays so
 //!   however often its workers are started: a worker of a crash loop counts as one that serves only when it has stayed
 //!   up for [`SETTLED`] after it attached. Then the pool serves again, by itself.
+//! - Who has completed an item did not die of its start, however soon it died.
 //! - Either is logged once.
 //!
 //! Why that holds: the registry says of such a worker that it is failing instead of live
@@ -52,9 +53,9 @@ impl Record {
         self.arrived.is_some()
     }
 
-    /// It died; how long to wait before the next is started.
-    pub fn end(&mut self, now: Instant) -> Duration {
-        let stayed = self.arrived.is_some_and(|arrived| arrived + SETTLED <= now);
+    /// It died, having completed an item or not; how long to wait before the next is started.
+    pub fn end(&mut self, now: Instant, has_completed: bool) -> Duration {
+        let stayed = has_completed || self.arrived.is_some_and(|arrived| arrived + SETTLED <= now);
         self.quick_deaths = if stayed { 0 } else { self.quick_deaths.saturating_add(1) };
         match self.quick_deaths {
             0 => Duration::ZERO,
@@ -119,7 +120,7 @@ mod tests {
                 // However long it takes, who dies before it has attached dies of its start.
                 now += 2 * SETTLED;
             }
-            let delay = record.end(now);
+            let delay = record.end(now, false);
             assert!(delay > last || delay == MAX_BACKOFF, "{n}: {delay:?}");
             assert_eq!(record.is_failing(), n >= FAILING);
             last = delay;
@@ -130,8 +131,21 @@ mod tests {
         assert!(record.is_failing(), "to be started is nothing yet");
         now += SETTLED;
         assert_eq!(record.settles_at(), Some(now));
-        assert_eq!(record.end(now), Duration::ZERO);
+        assert_eq!(record.end(now, false), Duration::ZERO);
         assert!(!record.is_failing());
+    }
+
+    #[test]
+    fn who_has_completed_an_item_did_not_die_of_its_start() {
+        let now = Instant::now();
+        let mut record = Record::new();
+        for _ in 0..2 {
+            for _ in 1..FAILING {
+                assert!(record.end(now, false) > Duration::ZERO);
+            }
+            assert_eq!(record.end(now, true), Duration::ZERO);
+            assert!(!record.is_failing());
+        }
     }
 
     #[test]

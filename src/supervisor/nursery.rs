@@ -273,7 +273,7 @@ impl Supervisor {
             nursery.restart_at = Some(Instant::now());
             return Ok(());
         }
-        let delay = nursery.record.end(Instant::now());
+        let delay = nursery.record.end(Instant::now(), false);
         nursery.restart_at = Some(Instant::now() + delay);
         let pool = &self.pools[usize::from(nursery.pool)].name;
         tracing::warn!(pool, pid, cause, restart_in = ?delay, "a nursery died; its workers live on");

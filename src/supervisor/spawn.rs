@@ -26,6 +26,9 @@ impl Supervisor {
     /// Sees to it that a seat has a participant: by a fork, or by asking the pool's nursery for it.
     pub(super) fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
         self.seats[at].restart_at = None;
+        if let Slot::Worker(worker) = self.seats[at].slot {
+            self.seats[at].returned = self.segment.returned(worker);
+        }
         let Seat { slot, ref name, ref arrival, .. } = self.seats[at];
         if let Some(bell) = arrival {
             // The one before may have rung it and died.
