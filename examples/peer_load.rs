@@ -337,7 +337,7 @@ fn main() -> anyhow::Result<()> {
         bail!("--in-flight is 0");
     }
     // As bench does, so that both are as quick.
-    forkring::process::keep_freed_memory();
+    forkring::process::keep_freed_memory(64);
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let report = LocalSet::new().block_on(&runtime, load(&options))?;
     println!("{report}");

@@ -341,14 +341,15 @@ pub fn inherited(fd: RawFd) -> io::Result<OwnedFd> {
     Ok(fd)
 }
 
-/// Makes the allocator keep up to 8 MiB of what was freed. By default glibc returns buffers of more than 128 KiB to the
-/// kernel one by one, and HTTP/2 frames of that size then cost more in page faults than in copies.
-pub fn keep_freed_memory() {
+/// Makes the allocator keep up to so many MiB of what was freed, in buffers of up to half of that. By default glibc returns
+/// those of more than 128 KiB to the kernel one by one, and HTTP/2 frames of that size then cost more in page faults than in
+/// copies.
+pub fn keep_freed_memory(mib: u8) {
     #[cfg(target_env = "gnu")]
     // SAFETY: mallopt may be called at any time; a value it does not like it ignores.
     unsafe {
-        nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, 4 << 20);
-        nix::libc::mallopt(nix::libc::M_TRIM_THRESHOLD, 8 << 20);
+        nix::libc::mallopt(nix::libc::M_MMAP_THRESHOLD, i32::from(mib) << 19);
+        nix::libc::mallopt(nix::libc::M_TRIM_THRESHOLD, i32::from(mib) << 20);
     }
 }
 

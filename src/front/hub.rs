@@ -10,7 +10,7 @@ use std::{
     collections::{BinaryHeap, HashMap, VecDeque},
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
-    task::{Poll, Waker},
+    task::Waker,
     time::Duration,
 };
 
@@ -24,77 +24,21 @@ use crate::{
     segment::{INLINE, PRIORITIES},
 };
 
-use super::{status::Refusal, wire::ItemHead};
+use super::{
+    mailbox::{Ending, Mailbox},
+    status::Refusal,
+    wire::ItemHead,
+};
 
 /// Of the item table and the arena, what streams leave to calls, which cannot wait: one part in so many.
 const RESERVE: usize = 16;
+/// When so many tasks were woken by their results, or by so many bytes of them, others have their turn before the next: among
+/// them the connection, which sends what there is. Else a client with many calls under way gets all its results at once and
+/// sends as many calls at once: both would take turns, and each leave the other's core idle.
+const BURST: usize = 8;
+const BURST_BYTES: usize = 128 << 10;
 /// Of the item table, what one stream may have: one part in so many.
 const STREAM_SHARE: usize = 4;
-
-/// What comes of an item of an RPC.
-#[derive(Debug)]
-pub enum Ending {
-    /// There are partial results in shared memory, to be taken from there. No end yet.
-    Partial(u32),
-    /// Completed; the result is in shared memory until it is released.
-    Completed(Completion),
-    /// Failed before a worker completed it.
-    Failed {
-        /// The client's own id.
-        id: u64,
-        /// Why.
-        failure: Failure,
-    },
-}
-
-/// Where the results of an RPC's items arrive.
-#[derive(Debug, Default)]
-pub struct Mailbox {
-    ready: RefCell<VecDeque<Ending>>,
-    waker: RefCell<Option<Waker>>,
-}
-
-impl Mailbox {
-    fn deliver(&self, ending: Ending) {
-        self.ready.borrow_mut().push_back(ending);
-        self.wake();
-    }
-
-    pub fn wake(&self) {
-        if let Some(waker) = self.waker.borrow_mut().take() {
-            waker.wake();
-        }
-    }
-
-    /// The next result, or the waker is kept until there is one.
-    pub fn poll(&self, waker: &Waker) -> Poll<Ending> {
-        match self.take() {
-            Some(ending) => Poll::Ready(ending),
-            None => {
-                self.keep(waker);
-                Poll::Pending
-            }
-        }
-    }
-
-    /// The next result, if there is one.
-    pub fn take(&self) -> Option<Ending> {
-        self.ready.borrow_mut().pop_front()
-    }
-
-    /// Puts one back that is not dealt with yet, before all others.
-    pub fn put_back(&self, ending: Ending) {
-        self.ready.borrow_mut().push_front(ending);
-    }
-
-    /// Wakes this task when there is a result.
-    pub fn keep(&self, waker: &Waker) {
-        let mut kept = self.waker.borrow_mut();
-        if !kept.as_ref().is_some_and(|kept| kept.will_wake(waker)) {
-            *kept = Some(waker.clone());
-        }
-    }
-}
 
 /// The results of one subscription that wait for a subscriber: a part of the outbox.
 #[derive(Debug, Default)]
@@ -406,7 +350,7 @@ impl Hub {
     pub fn wake_all(&self) {
         self.wake_room();
         self.subscriptions.borrow().values().for_each(|subscription| subscription.wake());
-        self.streams.borrow().iter().for_each(|mailbox| mailbox.wake());
+        self.streams.borrow().iter().for_each(|mailbox| _ = mailbox.wake());
     }
 
     /// The mailbox of a stream, until [`Hub::close_stream`].
@@ -455,17 +399,21 @@ impl Hub {
         }
     }
 
-    /// Hands all completed items to their owners; how many, and since when the first was done.
+    /// Hands completed items to their owners, as many as a [burst](BURST) has; how many, and since when the first was done.
     pub fn collect(&self) -> (usize, u64) {
         let (mut count, mut first) = (0, u64::MAX);
-        loop {
+        let (mut woken, mut bytes) = (0, 0);
+        while woken < BURST && bytes < BURST_BYTES {
             let Some(completion) = self.front.borrow_mut().collect() else { break };
             count += 1;
             first = first.min(completion.times[2]);
             let owner = self.owners.borrow_mut()[completion.index as usize].take();
             crash_point!("hub.collected");
             match owner {
-                Some(Owner::Rpc(mailbox)) => mailbox.deliver(Ending::Completed(completion)),
+                Some(Owner::Rpc(mailbox)) => {
+                    bytes += completion.len;
+                    woken += usize::from(mailbox.deliver(Ending::Completed(completion)));
+                }
                 Some(Owner::Subscription(subscription)) => {
                     subscription.pending.set(subscription.pending.get() - 1);
                     let payload = self.front.borrow().payload_len(completion.index);

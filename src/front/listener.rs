@@ -30,8 +30,9 @@ use super::{hub::Hub, service::answer};
 /// does not wait for window updates.
 const STREAM_WINDOW: u32 = 2 << 20;
 const CONNECTION_WINDOW: u32 = 8 << 20;
-/// The largest frame that a client may send. One that fits the core's own cache is still there when it is copied to the arena.
-const MAX_FRAME: u32 = 256 << 10;
+/// The largest frame that a client may send. One that fits the core's own cache is still there when it is copied to the arena;
+/// and each costs its client a system call.
+const MAX_FRAME: u32 = 512 << 10;
 /// Bytes of responses that HTTP/2 buffers for a stream whose client reads slowly.
 const SEND_BUFFER: usize = 1 << 20;
 const MAX_STREAMS: u32 = 2048;

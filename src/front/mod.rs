@@ -19,6 +19,7 @@ mod collector;
 mod hub;
 mod input;
 mod listener;
+mod mailbox;
 mod output;
 mod process;
 mod service;
@@ -48,7 +49,7 @@ pub fn run(
     pools: Vec<String>,
     config: &Config,
 ) -> io::Result<()> {
-    crate::process::keep_freed_memory();
+    crate::process::keep_freed_memory(8);
     let listener = listener.try_clone()?;
     let runtime = Builder::new_current_thread().enable_all().build_local(LocalOptions::default())?;
     runtime.block_on(async {

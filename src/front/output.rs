@@ -10,7 +10,8 @@ use http::HeaderMap;
 use tonic::{Code, Status};
 
 use super::{
-    hub::{Ending, Hub, Released},
+    hub::{Hub, Released},
+    mailbox::Ending,
     status::Refusal,
     wire::{ResultHead, ResultStatus, encode_result, encode_result_prefix},
 };

@@ -16,8 +16,9 @@ use hyper::body::Incoming;
 use tonic::Status;
 
 use super::{
-    hub::{Ending, Hub, Mailbox, NotOffered},
+    hub::{Hub, NotOffered},
     input::Input,
+    mailbox::{Ending, Mailbox},
     output::{self, Drained},
     status::Refusal,
 };

@@ -8,8 +8,9 @@ use hyper::body::Incoming;
 use tonic::Status;
 
 use super::{
-    hub::{Hub, Mailbox, NotOffered},
+    hub::{Hub, NotOffered},
     input::Input,
+    mailbox::Mailbox,
     output,
     status::Refusal,
 };

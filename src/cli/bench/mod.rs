@@ -127,7 +127,7 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
         return Err(BadUsage(format!("--payload {}: a message holds at most {MAX_PAYLOAD}", args.payload)).into());
     }
     // As the servers do: the load generator should not be what is measured.
-    crate::process::keep_freed_memory();
+    crate::process::keep_freed_memory(64);
     let runtime = tokio::runtime::Builder::new_current_thread()
         .enable_all()
         .build()
