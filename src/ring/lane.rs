@@ -132,14 +132,10 @@ impl<'a> Lane<'a> {
             // L1': an emptied cell's taker is done with it.
             let seen = cell.load(Acquire);
             match self.read(tail, seen) {
-                Cell::OlderFull if self.is_full(tail) => {
-                    if self.tail.load(Relaxed) == tail {
-                        return Err(Full);
-                    }
-                }
-                // So it also looks to whoever slept for half of all laps since it loaded the tail, and the cell is in use. Whoever
-                // wrote it had seen a later tail, so after the Acquire above it is seen here.
+                // So a cell in use looks to whoever slept for half of all laps since it loaded the tail. Whoever wrote it had seen
+                // a later tail, so after the Acquire above it is seen here.
                 Cell::Older | Cell::OlderFull if self.tail.load(Relaxed) != tail => {}
+                Cell::OlderFull if self.is_full(tail) => return Err(Full),
                 Cell::Empty | Cell::Older | Cell::OlderFull => {
                     // L0: whoever sees the hint sees the READY item behind it.
                     if cell.compare_exchange(seen, self.full(tail, hint), Release, Relaxed).is_ok() {
@@ -247,30 +243,28 @@ impl<'a> Lane<'a> {
         // On processors that reorder loads a cell may still look older than the counters: then a lane in good order is emptied,
         // and the fronts push their hints again.
         fence(SeqCst);
-        let cells = self.cells.len() as u64;
-        let held = tail.wrapping_sub(head);
-        // The tail may be behind the head: both only follow the cells.
-        if held > cells && head.wrapping_sub(tail) > cells {
-            return false;
-        }
-        (0..cells).all(|ahead| {
-            let position = head.wrapping_add(ahead);
-            let seen = self.cell(position).load(Acquire);
-            let laps_ahead = (seen >> LAP_SHIFT).wrapping_sub(self.lap(position)) & LAP_MASK;
-            match self.read(position, seen) {
-                Cell::Full(_) => true,
-                Cell::Newer => laps_ahead <= 2,
-                Cell::Empty => held > cells || ahead >= held,
-                Cell::OlderFull | Cell::Older => false,
-            }
-        })
+        let cells = self.cells.len() as i64;
+        let held = tail.wrapping_sub(head) as i64;
+        let fits = |ahead: i64, seen| match self.read(head.wrapping_add_signed(ahead), seen) {
+            // Its pusher had seen that tail or moves it; and it has not come round, for the cell was not emptied.
+            Cell::Full(_) => (ahead..=ahead + cells).contains(&held),
+            Cell::Empty => held <= ahead,
+            Cell::Newer | Cell::OlderFull | Cell::Older => false,
+        };
+        // The tail is behind the head if the last hint was taken and its pusher has not moved the tail, or no longer can.
+        held >= -1
+            && (0..cells).all(|ahead| {
+                let seen = self.cell(head.wrapping_add_signed(ahead)).load(Acquire);
+                // Who emptied the first has not moved the head, or no longer can; and it may be in use again.
+                fits(ahead, seen) || ahead == 0 && fits(cells, seen)
+            })
     }
 
     /// Empties it, whatever it says and whoever uses it meanwhile: what they push may be lost.
     pub fn reset(&self) {
         let cells = self.cells.len() as u64;
         // Counters that somebody has in hand right now must not fit again.
-        let start = (self.tail.load(Relaxed) | (cells - 1)).wrapping_add(1 + 8 * cells);
+        let start = self.tail.load(Relaxed).wrapping_add(8 * cells);
         for position in (0..cells).map(|ahead| start.wrapping_add(ahead)) {
             self.cell(position).store(self.empty(position), Release);
         }
@@ -280,246 +274,4 @@ impl<'a> Lane<'a> {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use std::{
-        collections::VecDeque,
-        sync::atomic::{AtomicBool, AtomicU32},
-        thread,
-    };
-
-    struct Memory {
-        head: AtomicU64,
-        tail: AtomicU64,
-        cells: Vec<AtomicU64>,
-    }
-
-    impl Memory {
-        fn new(cells: usize) -> Self {
-            Self::at(cells, 0)
-        }
-
-        /// An empty lane that has been through `position` pushes and takes.
-        fn at(cells: usize, position: u64) -> Self {
-            let memory = Memory {
-                head: AtomicU64::new(position),
-                tail: AtomicU64::new(position),
-                cells: (0..cells).map(|_| AtomicU64::new(0)).collect(),
-            };
-            let lane = memory.lane();
-            for ahead in 0..cells as u64 {
-                lane.cell(position + ahead).store(lane.empty(position + ahead), Relaxed);
-            }
-            memory
-        }
-
-        fn lane(&self) -> Lane<'_> {
-            Lane::new(&self.head, &self.tail, &self.cells)
-        }
-    }
-
-    fn hint(index: u32) -> Hint {
-        Hint { index, generation: index.wrapping_mul(7) & GENERATION_MASK as u32 }
-    }
-
-    #[test]
-    fn first_in_first_out_and_full_at_capacity() {
-        let memory = Memory::new(4);
-        let lane = memory.lane();
-        for round in 0..100 {
-            for i in 0..4 {
-                lane.push(hint(round * 4 + i)).unwrap();
-            }
-            assert_eq!(lane.push(hint(9)), Err(Full));
-            assert!(!lane.is_empty());
-            for i in 0..4 {
-                assert_eq!(lane.take(|_| true), Some(hint(round * 4 + i)));
-            }
-            assert_eq!(lane.take(|_| true), None);
-            assert!(lane.is_empty());
-        }
-    }
-
-    #[test]
-    fn refused_hints_are_removed() {
-        let memory = Memory::new(4);
-        let lane = memory.lane();
-        for i in 0..4 {
-            lane.push(hint(i)).unwrap();
-        }
-        assert_eq!(lane.take(|h| h.index == 2), Some(hint(2)));
-        assert_eq!(lane.take(|h| h.index == 2), None);
-        assert!(lane.is_empty());
-    }
-
-    #[test]
-    fn the_lap_counter_and_the_positions_wrap() {
-        for start in [u64::MAX - 5, (LAP_MASK << 2) - 6] {
-            let memory = Memory::at(4, start & !3);
-            let lane = memory.lane();
-            let mut model = VecDeque::new();
-            for i in 0..64 {
-                lane.push(hint(i)).unwrap();
-                model.push_back(hint(i));
-                if i % 3 == 0 || model.len() == 4 {
-                    assert_eq!(lane.take(|_| true), model.pop_front());
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn a_dead_pusher_or_taker_is_helped() {
-        let memory = Memory::new(4);
-        let lane = memory.lane();
-        // A pusher died between the cell and the tail.
-        memory.cells[0].store(lane.full(0, hint(1)), Relaxed);
-        lane.push(hint(2)).unwrap();
-        assert_eq!(memory.tail.load(Relaxed), 2);
-        // A taker died between the cell and the head.
-        memory.cells[0].store(lane.empty(4), Relaxed);
-        assert_eq!(lane.take(|_| true), Some(hint(2)));
-        assert_eq!(memory.head.load(Relaxed), 2);
-    }
-
-    /// Numbers of a kind that scribbling leaves: any at all, and some that look like something.
-    fn garbage(seed: u64) -> impl FnMut() -> u64 {
-        let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        move || {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            match state % 4 {
-                0 => 0,
-                1 => u64::MAX,
-                2 => state >> 58,
-                _ => state,
-            }
-        }
-    }
-
-    /// Whatever somebody wrote over it, each call ends; and once it is reset, it is a lane like any other.
-    #[test]
-    fn garbage_is_survived_and_mended() {
-        for seed in 0..if cfg!(miri) { 5 } else { 2000 } {
-            let mut random = garbage(seed);
-            let cells = 2 << (seed % 4);
-            let memory = Memory::new(cells);
-            let lane = memory.lane();
-            for i in 0..seed as u32 % 100 {
-                let _ = lane.push(hint(i));
-                if i % 3 > 0 {
-                    lane.take(|_| true);
-                }
-                assert!(lane.is_sound(), "{seed}");
-            }
-            for word in [&memory.head, &memory.tail].into_iter().chain(&memory.cells) {
-                if !random().is_multiple_of(3) {
-                    word.store(random(), Relaxed);
-                }
-            }
-            for i in 0..3 {
-                let _ = (lane.push(hint(i)), lane.take(|_| false), lane.take(|_| true), lane.is_empty());
-            }
-            let _ = lane.is_sound();
-            lane.reset();
-            for round in 0..3 {
-                assert!(lane.is_sound() && lane.is_empty(), "{seed} {round}");
-                for i in 0..cells as u32 {
-                    lane.push(hint(i)).unwrap();
-                }
-                assert!(lane.is_sound(), "{seed} {round}");
-                assert_eq!(lane.push(hint(0)), Err(Full));
-                for i in 0..cells as u32 {
-                    assert_eq!(lane.take(|_| true), Some(hint(i)));
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn what_was_scribbled_over_shows() {
-        let memory = Memory::new(8);
-        let lane = memory.lane();
-        for i in 0..20 {
-            lane.push(hint(i)).unwrap();
-            if i >= 4 {
-                lane.take(|_| true);
-            }
-        }
-        assert_eq!((memory.head.load(Relaxed), memory.tail.load(Relaxed)), (16, 20));
-        for (at, word) in [&memory.head, &memory.tail].into_iter().chain(&memory.cells).enumerate() {
-            for bad in [0, u64::MAX, 0x5555_5555_5555_5555, FULL] {
-                let good = word.swap(bad, Relaxed);
-                assert!(!lane.is_sound(), "word {at} is {bad:x}");
-                word.store(good, Relaxed);
-                assert!(lane.is_sound());
-            }
-        }
-    }
-
-    /// A cell that no taker will come to is used again.
-    #[test]
-    fn a_left_over_cell_does_not_close_the_lane() {
-        let memory = Memory::at(4, 8);
-        let lane = memory.lane();
-        memory.cells[2].store(lane.full(6, hint(7)), Relaxed);
-        memory.cells[3].store(lane.empty(3), Relaxed);
-        for i in 0..4 {
-            lane.push(hint(i)).unwrap();
-        }
-        for i in 0..4 {
-            assert_eq!(lane.take(|_| true), Some(hint(i)));
-        }
-    }
-
-    /// Every item is claimed once, by many pushers and takers at once, though each hint is offered twice.
-    #[test]
-    fn claimed_exactly_once_under_contention() {
-        const PUSHERS: u32 = 2;
-        const EACH: u32 = if cfg!(miri) { 60 } else { 20_000 };
-        let memory = Memory::new(if cfg!(miri) { 16 } else { 256 });
-        let items: Vec<_> = (0..PUSHERS * EACH).map(|_| AtomicU32::new(0)).collect();
-        let pushing = AtomicBool::new(true);
-        let taken = AtomicU32::new(0);
-        thread::scope(|scope| {
-            let pushers: Vec<_> = (0..PUSHERS)
-                .map(|p| {
-                    let (memory, items) = (&memory, &items);
-                    scope.spawn(move || {
-                        for i in p * EACH..(p + 1) * EACH {
-                            items[i as usize].store(1, Release);
-                            for _ in 0..2 {
-                                while memory.lane().push(hint(i)).is_err() {
-                                    thread::yield_now();
-                                }
-                            }
-                        }
-                    })
-                })
-                .collect();
-            for _ in 0..2 {
-                scope.spawn(|| {
-                    let claim = |h: Hint| items[h.index as usize].compare_exchange(1, 2, Acquire, Relaxed).is_ok();
-                    loop {
-                        let last = !pushing.load(Acquire);
-                        match memory.lane().take(claim) {
-                            Some(h) => {
-                                assert_eq!(h, hint(h.index));
-                                taken.fetch_add(1, Relaxed);
-                            }
-                            None if last => break,
-                            None => thread::yield_now(),
-                        }
-                    }
-                });
-            }
-            for pusher in pushers {
-                pusher.join().unwrap();
-            }
-            pushing.store(false, Release);
-        });
-        assert_eq!(taken.load(Relaxed), PUSHERS * EACH);
-        assert!(items.iter().all(|item| item.load(Relaxed) == 2));
-    }
-}
+mod tests;

@@ -4,7 +4,8 @@ use std::sync::Arc;
 
 use forkring_lockfree::{
     check::{Check, Mortal},
-    sync::{AtomicU64, Fault},
+    ring::{GENERATION_BITS, Hint, INDEX_BITS, Lane},
+    sync::{AtomicU64, Fault, Ordering::*},
     word::{Phase, Word},
 };
 
@@ -90,6 +91,31 @@ fn a_taker_dies<R: Ring>(mortal: Mortal) {
     world.settle();
 }
 
+/// A pusher sleeps while others push and take for more than half of all laps: to it a cell in use looks too old to be one.
+fn half_of_all_laps_go_by() {
+    const USED_BITS: u32 = INDEX_BITS + GENERATION_BITS;
+    /// With a single cell every position is a lap. To zero the first is older than all, and the second by one.
+    const LONG_AGO: [u64; 2] = [1 << (62 - USED_BITS), (1 << (63 - USED_BITS)) - 1];
+    for later in LONG_AGO {
+        let world = Arc::new(([(); 2].map(|()| AtomicU64::new(0)), [AtomicU64::new(0)]));
+        let newest = later << (USED_BITS + 1) | 1 << USED_BITS;
+        join([
+            spawn(&world, |world| {
+                let ([head, tail], cells) = &**world;
+                let _ = Lane::new(head, tail, cells).push(Hint { index: 7, generation: 7 });
+            }),
+            // What is left of it all.
+            spawn(&world, move |world| {
+                let ([head, tail], cells) = &**world;
+                head.store(later, Relaxed);
+                tail.store(later, Relaxed);
+                cells[0].swap(newest, Release);
+            }),
+        ]);
+        assert_eq!(world.1[0].load(Relaxed), newest, "a cell in use was written over");
+    }
+}
+
 #[test]
 fn nothing_is_lost_or_claimed_twice() {
     Check::new("lane, 2 pushers, 1 taker", 4).holds(two_pushers_one_taker::<Shipped>);
@@ -100,6 +126,7 @@ fn nothing_is_lost_or_claimed_twice() {
 fn laps_and_doubled_hints_do_no_harm() {
     Check::new("lane, a lap at every push", 4).holds(laps::<Shipped>);
     Check::new("lane, doubled hints", 3).holds(hints_are_doubled::<Shipped>);
+    Check::new("lane, half of all laps go by", 4).holds(half_of_all_laps_go_by);
 }
 
 #[test]
@@ -122,12 +149,16 @@ fn mutants_die() {
         .fails_after_some_death("lost: item 0 was pushed", a_taker_dies::<Vyukov>);
 }
 
-/// L0 and L0': without them a taker may find the item not yet READY, and remove its hint.
+/// L0 and L0': without them a taker may find the item not yet READY, and remove its hint. L1': without it a pusher may not see
+/// how long it slept.
 #[test]
 fn the_orderings_are_needed() {
     Check::new("lane without orderings", 2)
         .without(Fault::Ordering)
         .fails("lost: item 0 was pushed", two_pushers_one_taker::<Shipped>);
+    Check::new("lane without orderings, half of all laps go by", 4)
+        .without(Fault::Ordering)
+        .fails("a cell in use was written over", half_of_all_laps_go_by);
 }
 
 /// What makes a claim safe is that it is one step.
