@@ -63,16 +63,21 @@ pub fn unused(at: usize, entries: usize) -> u64 {
     entry((at as u64).wrapping_sub(entries as u64), INDEX_MASK as u32)
 }
 
+/// Whether an entry is not what [`unused`] ones are.
+fn was_pushed(entry: u64) -> bool {
+    entry & INDEX_MASK != INDEX_MASK
+}
+
 /// The position of an entry that was pushed, if it can be in its slot.
 fn position_of(entries: &[AtomicU64], at: usize, entry: u64) -> Option<u64> {
     let position = (entry >> INDEX_BITS).checked_sub(1)?;
-    (slot(entries, position) == at && entry & INDEX_MASK != INDEX_MASK).then_some(position)
+    (slot(entries, position) == at && was_pushed(entry)).then_some(position)
 }
 
 /// Where to go on from a head: there, if that can be; else behind the newest entry. Most of them are taken to be good.
 fn start(entries: &[AtomicU64], head: u64) -> u64 {
     let seen = entries[slot(entries, head)].load(Acquire);
-    if is_at(seen, head) || is_before(seen, head, entries) {
+    if is_at(seen, head) && was_pushed(seen) || is_before(seen, head, entries) {
         return head;
     }
     let position = |(at, entry): (usize, &AtomicU64)| position_of(entries, at, entry.load(Acquire));
@@ -119,11 +124,9 @@ impl<'a> Producer<'a> {
         if self.position.wrapping_sub(self.known_head) >= capacity {
             // R1': the entries before the head have been read.
             self.known_head = self.head.load(Acquire);
-            match self.position.wrapping_sub(self.known_head) {
-                held if held == capacity => return false,
-                // No head of this ring's: the consumer will tell another.
-                held if held > capacity => self.known_head = self.position,
-                _ => {}
+            // One that is farther away is no head of this ring's: the consumer will tell another.
+            if self.position.wrapping_sub(self.known_head) == capacity {
+                return false;
             }
         }
         // R0: whoever sees the entry sees the DONE item behind it.
@@ -285,6 +288,116 @@ mod tests {
             assert_eq!(consumer.pop(), Some(i));
         }
         assert_eq!(consumer.pop(), None);
+    }
+
+    /// A ring whose sides live and die as they come: indices are popped in the order that they were pushed in, a successor
+    /// sees some again and skips none, nothing is written over that was not read, and nobody says that it may be lost.
+    #[test]
+    fn whoever_dies_nothing_is_skipped() {
+        for seed in 1..if cfg!(miri) { 10 } else { 2000u64 } {
+            let mut state = seed.wrapping_mul(0x9e37_79b9_7f4a_7c15);
+            let mut below = |n: u64| {
+                state ^= state << 13;
+                state ^= state >> 7;
+                state ^= state << 17;
+                state % n
+            };
+            let len = 1 << below(5);
+            let quarter = (len / 4).max(1);
+            let (head, entries) = memory(len as usize);
+            let (mut producer, mut consumer) = (Producer::resume(&head, &entries), Consumer::resume(&head, &entries));
+            let (mut pushed, mut popped) = (0, 0);
+            for _ in 0..200 {
+                match below(8) {
+                    0..=2 if producer.push(pushed as u32) => {
+                        assert!(pushed - popped < len, "{seed}: what was not read is written over");
+                        pushed += 1;
+                    }
+                    0..=2 => assert!(pushed - popped > len - quarter, "{seed}: there is room"),
+                    3..=5 => {
+                        let next = (popped < pushed).then_some(popped as u32);
+                        assert_eq!((consumer.peek(), consumer.pop()), (next, next), "{seed}");
+                        popped += u64::from(next.is_some());
+                    }
+                    6 => {
+                        consumer.check();
+                        producer = Producer::resume(&head, &entries);
+                        assert_eq!(producer.position(), pushed, "{seed}");
+                    }
+                    _ => {
+                        // As a front does, for it may be the first.
+                        prepare(&head, &entries);
+                        consumer = Consumer::resume(&head, &entries);
+                        let again = consumer.peek().map_or(0, |next| popped - u64::from(next));
+                        assert!(again < quarter, "{seed}: {again} again");
+                        popped -= again;
+                    }
+                }
+                assert!(!consumer.take_lost(), "{seed}");
+            }
+        }
+    }
+
+    /// The other entries say where they are, also if one of them is as wrong as the head.
+    #[test]
+    fn successors_do_not_believe_a_head_that_is_none() {
+        for used in [3, 8, 19, 20, 27] {
+            let second = used - 2;
+            // What a lap or two before left there, or some other position of the slot.
+            let positions = [-8, -16, 800].map(|laps| second + laps).into_iter().filter(|position| *position >= 0);
+            let wrong = positions.map(|position| entry(position as u64, 9)).chain([0, u64::MAX]).map(Some);
+            for wrong in wrong.chain([None]) {
+                for none in [u64::MAX, u64::MAX - 1, 1 << 40, 0x5555_5555_5555_5555] {
+                    let what = format!("{used} used, head {none:x}, an entry {wrong:x?}");
+                    let (head, entries) = memory(8);
+                    let mut producer = Producer::resume(&head, &entries);
+                    let mut consumer = Consumer::resume(&head, &entries);
+                    for i in 0..used as u32 {
+                        assert!(producer.push(i) && consumer.pop() == Some(i));
+                    }
+                    if let Some(wrong) = wrong {
+                        entries[slot(&entries, second as u64)].store(wrong, Relaxed);
+                    }
+                    head.store(none, Relaxed);
+                    assert_eq!(Producer::resume(&head, &entries).position(), used as u64, "{what}");
+
+                    let mut consumer = Consumer::resume(&head, &entries);
+                    assert_eq!(consumer.pop(), None, "{what}");
+                    for i in 0..8 {
+                        assert!(producer.push(i), "{what}");
+                    }
+                    assert!(!producer.push(8), "{what}: the old producer has not seen the new head");
+                    for i in 0..8 {
+                        assert_eq!(consumer.pop(), Some(i), "{what}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// Before a successor of the producer writes over what shows it.
+    #[test]
+    fn a_check_shows_what_was_scribbled_over_and_says_so_once() {
+        let bad = [u64::MAX, 0x5555_5555_5555_5555];
+        let each = (0..12).flat_map(|used| [true, false].map(|is_head| (used, is_head)));
+        for ((used, is_head), bad) in each.flat_map(|one| bad.map(|bad| (one, bad))) {
+            let (head, entries) = memory(8);
+            let mut producer = Producer::resume(&head, &entries);
+            let mut consumer = Consumer::resume(&head, &entries);
+            for i in 0..used {
+                assert!(producer.push(i) && consumer.pop() == Some(i));
+            }
+            consumer.check();
+            assert!(!consumer.take_lost(), "{used} used: nothing is wrong");
+            let last = &entries[slot(&entries, u64::from(used).wrapping_sub(1))];
+            let word = if is_head { &head } else { last };
+            let good = word.swap(bad, Relaxed);
+            consumer.check();
+            assert!(consumer.take_lost(), "{used} used: {bad:x} for {good:x}");
+            assert!(!consumer.take_lost(), "it was said");
+            assert!(producer.push(7));
+            assert_eq!(consumer.pop(), Some(7), "and it goes on");
+        }
     }
 
     #[test]
