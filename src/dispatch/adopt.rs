@@ -80,11 +80,11 @@ pub fn adopt(segment: &Segment) -> io::Result<Left> {
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, sync::Arc};
+    use std::{collections::BTreeMap, process::ExitStatus, sync::Arc};
 
     use super::*;
     use crate::{
-        dispatch::{Bells, Front, Kind, Offer, Topology, Worker},
+        dispatch::{Bells, DeadLetters, Death, Front, Kind, Offer, Outcome, Topology, Worker},
         process::now,
         segment::{Geometry, SegmentOwner, Slot, Stage},
     };
@@ -247,7 +247,7 @@ mod tests {
         assert_eq!(std::iter::from_fn(|| work(&mut worker)).count(), 3);
         let mut failed = 0;
         while let Some(done) = front.collect() {
-            failed += u32::from(done.outcome != crate::dispatch::Outcome::Success);
+            failed += u32::from(done.outcome != Outcome::Success);
             front.release(done.index);
         }
         assert_eq!((failed, front.free_items()), (1, 64));
@@ -269,5 +269,48 @@ mod tests {
             assert_eq!(adopt(supervisor).unwrap(), Left { pending: 1, done: 0 });
             assert_eq!((Word::load(word).phase(), Word::load(word).attempts()), (Phase::Ready, u8::MAX));
         }
+    }
+
+    /// Writes over the word of the item that is in this phase; its index.
+    fn write_over(segment: &Segment, phase: Phase, with: impl Fn(Word) -> Word) -> u32 {
+        let index = (0..64).find(|&index| Word::load(&segment.item(index).word).phase() == phase).unwrap();
+        let word = Word::load(&segment.item(index).word);
+        with(word).store(&segment.item(index).word, word);
+        index
+    }
+
+    #[test]
+    fn an_owner_that_there_is_not_keeps_nobody_from_an_item() {
+        let rig = Rig::new("adopt-owner");
+        let (mut front, _) = rig.front();
+        let supervisor = rig.view(Slot::Supervisor);
+        let word = |index| Word::load(&supervisor.item(index).word);
+        (1..=2).for_each(|id| offer(&mut front, id, Kind::Submit));
+        rig.worker(0).take().unwrap();
+        let claimed = write_over(supervisor, Phase::Claimed, |word| word.with(Phase::Claimed, 2));
+        // No hint leads to such an item: it could never be claimed.
+        let ready = write_over(supervisor, Phase::Ready, |word| word.with(Phase::Ready, 1));
+        assert_eq!(adopt(supervisor).unwrap(), Left { pending: 1, done: 1 });
+        assert_eq!((word(claimed).phase(), word(claimed).owner()), (Phase::Ready, 0));
+        assert_eq!(word(ready).phase(), Phase::Done);
+    }
+
+    #[test]
+    fn an_item_that_is_a_dead_letter_is_not_tried_again() {
+        let rig = Rig::new("adopt-filed");
+        let (mut front, _) = rig.front();
+        let supervisor = rig.view(Slot::Supervisor);
+        (1..=2).for_each(|id| offer(&mut front, id, Kind::Submit));
+        let mut workers = [rig.worker(0), rig.worker(1)];
+        let [poison, _harmless] = workers.each_mut().map(|worker| worker.take().unwrap());
+        // The supervisor died between filing it and completing it.
+        let failure = Failure::new(Code::Aborted, "WORKER_CRASHED", "it crashed");
+        let death = Death { worker: 0, pid: 1, status: ExitStatus::default(), failure };
+        DeadLetters::new(vec!["pool".to_owned()]).file(supervisor, poison.index, poison.word, &death);
+        assert_eq!(adopt(supervisor).unwrap(), Left { pending: 1, done: 1 });
+        let (mut front, _) = rig.front();
+        let done = front.collect().unwrap();
+        assert_eq!((done.id, done.outcome), (1, Outcome::Failure(Code::Aborted as u32)));
+        assert_eq!(supervisor.letter_log().unwrap().count(), 1);
     }
 }

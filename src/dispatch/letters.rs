@@ -274,6 +274,8 @@ mod tests {
         assert_eq!((letter.subscription.as_deref(), &letter.metadata["key"][..]), (Some("mine"), "value"));
         assert_eq!((letter.attempts, letter.history.len(), letter.history[0].pid), (1, 1, 10));
         assert_eq!(letter.history[0].end, Some(End::Signal(11)));
+        assert_eq!((letter.payload_size, letter.truncated), (5000, false));
+        assert!(letter.time.is_some());
         assert_eq!(body, payload);
 
         // The same record again is another item.
@@ -323,6 +325,17 @@ mod tests {
         rig.sweep(&mut known, 40, 1);
         let (letter, _) = rig.letter(2);
         assert_eq!(letter.history.iter().map(|one| (one.attempt, one.pid)).collect::<Vec<_>>(), [(1, 40)]);
+    }
+
+    #[test]
+    fn of_a_payload_that_no_letter_has_room_for_the_beginning_is_kept() {
+        let mut rig = rig("large");
+        let payload: Vec<_> = (0..100_000).map(|n| n as u8).collect();
+        rig.claim(1, &payload);
+        rig.sweep(&mut letters(), 10, 1);
+        let (letter, body) = rig.letter(1);
+        assert_eq!((letter.payload_size, letter.truncated), (100_000, true));
+        assert_eq!(body, payload[..KEPT]);
     }
 
     #[test]

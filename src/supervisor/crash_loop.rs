@@ -110,20 +110,21 @@ mod tests {
     fn quick_deaths_are_answered_ever_more_slowly_until_one_stays_up() {
         let mut now = Instant::now();
         let mut record = Record::new();
-        let mut last = Duration::ZERO;
+        let mut next = BACKOFF;
         for n in 1..40 {
             record.begin();
+            assert!(!record.has_arrived());
             if n % 2 == 0 {
                 record.arrive(now);
+                assert!(record.has_arrived());
                 now += SETTLED / 2;
             } else {
                 // However long it takes, who dies before it has attached dies of its start.
                 now += 2 * SETTLED;
             }
-            let delay = record.end(now, false);
-            assert!(delay > last || delay == MAX_BACKOFF, "{n}: {delay:?}");
-            assert_eq!(record.is_failing(), n >= FAILING);
-            last = delay;
+            assert_eq!(record.end(now, false), next, "{n}");
+            assert_eq!((record.quick_deaths(), record.is_failing()), (n, n >= FAILING));
+            next = (2 * next).min(MAX_BACKOFF);
         }
         record.begin();
         assert_eq!(record.settles_at(), None);
@@ -133,6 +134,20 @@ mod tests {
         assert_eq!(record.settles_at(), Some(now));
         assert_eq!(record.end(now, false), Duration::ZERO);
         assert!(!record.is_failing());
+    }
+
+    #[test]
+    fn who_is_seen_to_stay_up_is_in_no_crash_loop_any_more() {
+        let now = Instant::now();
+        let mut record = Record::new();
+        while !record.is_failing() {
+            record.end(now, false);
+        }
+        record.begin();
+        record.arrive(now);
+        record.settle();
+        assert!(!record.is_failing());
+        assert_eq!(record.end(now, false), BACKOFF, "the next loop begins anew");
     }
 
     #[test]
