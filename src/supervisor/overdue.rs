@@ -304,7 +304,87 @@ impl Watch {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        os::unix::process::ExitStatusExt as _,
+        process::{self, Command, Stdio},
+    };
+
     use super::*;
+
+    const LIMIT: Duration = Duration::from_millis(5);
+
+    /// What stands for a worker. It lives until it is ended or waited for.
+    fn process() -> (process::Child, Child) {
+        let process = Command::new("cat").stdin(Stdio::piped()).spawn().unwrap();
+        let child = Child::adopted(process.id()).unwrap();
+        (process, child)
+    }
+
+    /// A worker's item that began with this number has been in work for too long.
+    fn overstay(watch: &Watch, number: u32) {
+        let timer = watch.timer(0).unwrap();
+        timer.set(number);
+        until(|| timer.expired().is_some());
+    }
+
+    #[test]
+    fn who_takes_too_long_is_told_and_ended_when_the_grace_is_over() {
+        let mut watch = Watch::new([Some(LIMIT), None]).unwrap();
+        assert!(watch.timer(1).is_none() && watch.timer(2).is_none());
+        let now = Instant::now();
+        let (mut told, first) = process();
+        let (mut ended, second) = process();
+        watch.enforce(now, |_| Some(&first)).unwrap();
+        assert_eq!((watch.fds().count(), watch.due()), (1, None), "nobody works");
+        assert!(watch.bury(0).is_none(), "who dies then dies of something else");
+
+        overstay(&watch, 1);
+        watch.enforce(now, |_| Some(&first)).unwrap();
+        assert_eq!(told.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
+        let due = now + LIMIT;
+        assert_eq!((watch.fds().count(), watch.due()), (0, Some(due)));
+        watch.enforce(due - Duration::from_nanos(1), |_| Some(&second)).unwrap();
+        assert_eq!(watch.due(), Some(due));
+        watch.enforce(due, |_| Some(&second)).unwrap();
+        assert_eq!(ended.wait().unwrap().signal(), Some(Signal::KILL.as_raw()));
+        assert_eq!((watch.fds().count(), watch.due()), (0, None), "once");
+
+        let failure = watch.bury(0).unwrap();
+        assert_eq!((failure.code(), failure.reason.as_ref()), (Code::DeadlineExceeded, "ITEM_TIMEOUT"));
+        assert_eq!(watch.fds().count(), 1);
+        assert_eq!(watch.timer(0).unwrap().expired(), None, "its successor begins anew");
+    }
+
+    #[test]
+    fn who_ends_the_item_in_the_grace_lives_on_whatever_it_does_next() {
+        let mut watch = Watch::new([Some(LIMIT)]).unwrap();
+        let (mut process, child) = process();
+        let now = Instant::now();
+        for number in [1, 3] {
+            overstay(&watch, number);
+            watch.enforce(now, |_| Some(&child)).unwrap();
+            match number {
+                // Another item, which is over its time as well.
+                1 => overstay(&watch, 2),
+                _ => watch.timer(0).unwrap().clear(),
+            }
+            watch.enforce(now + LIMIT, |_| Some(&child)).unwrap();
+            assert_eq!((watch.fds().count(), watch.due()), (1, None));
+        }
+        overstay(&watch, 4);
+        watch.enforce(now, |_| Some(&child)).unwrap();
+        watch.timer(0).unwrap().clear();
+        assert!(watch.bury(0).is_none(), "it died of something else");
+        assert_eq!(process.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
+    }
+
+    #[test]
+    fn a_program_gets_the_timer_by_the_number_of_its_descriptor() {
+        for (limit, nanos) in [(LIMIT, 5_000_000), (Duration::MAX, u64::MAX)] {
+            let timer = ItemTimer::new(limit).unwrap();
+            assert_eq!(timer.to_parts(), (timer.as_fd().as_raw_fd(), nanos));
+        }
+    }
 
     fn until(what: impl Fn() -> bool) {
         let begin = Instant::now();
