@@ -33,6 +33,8 @@ mod partial;
 mod reply;
 mod request;
 mod sweep;
+#[cfg(test)]
+mod tests;
 mod waiting;
 mod word;
 mod worker;
