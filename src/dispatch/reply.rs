@@ -157,9 +157,13 @@ impl<'s> Reply<'_, 's> {
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), ReplyError> {
         let start = self.draft.len;
         let end = start.saturating_add(bytes.len());
+        let most = self.draft.most;
+        if end > most {
+            return Err(ReplyError::TooLarge { len: end, most });
+        }
         if end > self.room() {
             // Twice what is needed if that is to be had, so that many small writes copy little.
-            let roomy = if start == 0 { end } else { end.saturating_mul(2).clamp(end, self.draft.most.max(end)) };
+            let roomy = if start == 0 { end } else { end.saturating_mul(2).min(most) };
             if self.grow(roomy).is_none() {
                 self.reserve(end)?;
             }
@@ -261,9 +265,6 @@ impl<'s> Reply<'_, 's> {
 
     /// Moves to a block with room for so many bytes, if it can be had at once.
     fn grow(&mut self, len: usize) -> Option<()> {
-        if len > self.draft.most {
-            return None;
-        }
         let block = self.output.borrow_mut().allocate_now(self.lead() + len, &self.draft.target)?;
         self.move_to(block);
         Some(())
