@@ -1,5 +1,7 @@
 //! Front and workers of one segment, in one process: what each sees of what the other does.
 
+mod results;
+
 use std::{collections::BTreeSet, sync::Arc, sync::atomic::Ordering::Relaxed, time::Duration};
 
 use tonic::Code;
