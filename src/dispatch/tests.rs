@@ -106,15 +106,20 @@ impl Rig {
         (workers, has_rung(self.bells.front(0)))
     }
 
-    /// A worker dies and is replaced.
-    fn kill(&mut self, worker: u16, max_attempts: u32) -> Swept {
+    /// A worker dies.
+    fn sweep(&mut self, worker: u16, max_attempts: u32) -> Swept {
         let failure = Failure::new(Code::Aborted, "WORKER_CRASHED", "it was killed");
         let death = Death { worker, pid: 1, status: std::process::ExitStatus::default(), failure };
         let mut letters = DeadLetters::new(vec!["a".to_owned(), "b".to_owned()]);
-        let swept = sweep_worker(self.supervisor, &self.topology, &self.bells, &death, max_attempts, &mut letters);
+        sweep_worker(self.supervisor, &self.topology, &self.bells, &death, max_attempts, &mut letters)
+    }
+
+    /// A worker dies and is replaced.
+    fn kill(&mut self, worker: u16, max_attempts: u32) -> Swept {
+        let swept = self.sweep(worker, max_attempts);
         let view = view(&self.owner, Slot::Worker(worker));
-        self.workers[usize::from(worker)] =
-            Worker::attach(view, self.topology.clone(), self.bells.clone(), worker).unwrap();
+        let next = Worker::attach(view, self.topology.clone(), self.bells.clone(), worker);
+        self.workers[usize::from(worker)] = next.unwrap();
         self.rung();
         swept
     }
@@ -546,9 +551,12 @@ fn a_sweep_gives_back_what_the_dead_had_and_counts_it() {
 #[test]
 fn nobody_waits_for_the_dead() {
     let mut rig = rig("dead");
-    assert!(rig.workers[1].arm(true));
-    rig.kill(1, 3);
-    assert!(!rig.supervisor.idle(0).any(), "it sleeps no more");
+    for (worker, pool) in [(1, 0), (3, 1)] {
+        assert!(rig.workers[worker].arm(true));
+        rig.sweep(worker as u16, 3);
+        assert!(!rig.supervisor.idle(pool).any(), "it is not rung while there is no successor");
+    }
+    assert_eq!(rig.rung(), (vec![0, 1, 2, 3], true));
     // A front died: its calls' handlers are told, and those of its subscribers are not.
     rig.call(1);
     rig.offer(Offer { id: 2, kind: Kind::Submit, subscription: b"s", ..CALL }, b"").unwrap();

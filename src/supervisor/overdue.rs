@@ -306,10 +306,15 @@ impl Watch {
 mod tests {
     use std::{
         os::unix::process::ExitStatusExt as _,
+        panic::{self, AssertUnwindSafe},
         process::{self, Command, Stdio},
     };
 
     use super::*;
+    use crate::{
+        dispatch::{Bells, Front, Kind, Offer, Request, Topology, Worker},
+        segment::{Geometry, Segment, SegmentOwner, Slot},
+    };
 
     const LIMIT: Duration = Duration::from_millis(5);
 
@@ -376,6 +381,53 @@ mod tests {
         watch.timer(0).unwrap().clear();
         assert!(watch.bury(0).is_none(), "it died of something else");
         assert_eq!(process.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
+    }
+
+    #[test]
+    fn a_timer_is_set_while_a_handler_is_at_work_however_that_ends() {
+        let geometry = Geometry {
+            items: 4,
+            fronts: 1,
+            workers: 1,
+            pools: 1,
+            request_bytes: 4096,
+            result_bytes: 4096,
+            letter_bytes: 0,
+        };
+        let owner = SegmentOwner::create(&format!("unit-timed-{}", process::id()), geometry).unwrap();
+        let (topology, bells) = (Topology::new([1]), Bells::new(1, 1).unwrap());
+        let view = |slot| Segment::attach(owner.object(), owner.name(), slot).unwrap();
+        let views = [Slot::Front(0), Slot::Worker(0)].map(view);
+        let (mut front, _) = Front::attach(&views[0], topology.clone(), bells.clone(), 0);
+        let mut worker = Worker::attach(&views[1], topology, bells, 0).unwrap();
+        let offer = Offer {
+            pool: 0,
+            priority: 0,
+            id: 1,
+            offered: 0,
+            deadline: 0,
+            kind: Kind::Call,
+            subscription: &[],
+            metadata: &[],
+        };
+        front.offer(&offer, &mut Request::default()).unwrap();
+        let claimed = worker.take().unwrap();
+
+        let timer = ItemTimer::new(Duration::from_secs(3600)).unwrap();
+        let is_set = || timerfd_gettime(&timer.fd).unwrap().it_value != NEVER;
+        let mut times = 0;
+        let mut handler = |_: &Item<'_>, _: &mut Reply<'_, '_>| {
+            assert!(is_set());
+            times += 1;
+            if times == 1 { Err(Failure::cancelled()) } else { panic!("its handler's own") }
+        };
+        let mut timed = Timed::new(&mut handler, &timer);
+        for _ in 0..2 {
+            let (item, mut reply) = worker.open(&claimed, 0).unwrap();
+            let handled = panic::catch_unwind(AssertUnwindSafe(|| timed.handle(&item, &mut reply)));
+            assert!(!matches!(handled, Ok(Ok(()))) && !is_set());
+        }
+        assert_eq!(times, 2);
     }
 
     #[test]
