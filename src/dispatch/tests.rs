@@ -566,3 +566,55 @@ fn nobody_waits_for_the_dead() {
     assert_eq!((call.is_cancelled(), submitted.is_cancelled()), (true, false));
     assert_eq!(rig.rung().0, [0, 1, 2, 3], "whoever waits for the front looks again");
 }
+
+#[test]
+fn fronts_share_the_items_and_nothing_else() {
+    // Which are not as many for each.
+    let geometry = Geometry {
+        items: 11,
+        fronts: 3,
+        workers: 1,
+        pools: 1,
+        request_bytes: BYTES,
+        result_bytes: BYTES,
+        letter_bytes: 0,
+    };
+    let owner = SegmentOwner::create(&format!("unit-dispatch-fronts-{}", std::process::id()), geometry).unwrap();
+    let (topology, bells) = (Topology::new([1]), Bells::new(3, 1).unwrap());
+    let view = |slot| view(&owner, slot);
+    let mut fronts = [0, 1, 2].map(|n| Front::attach(view(Slot::Front(n)), topology.clone(), bells.clone(), n).0);
+    let mut worker = Worker::attach(view(Slot::Worker(0)), topology.clone(), bells.clone(), 0).unwrap();
+    let supervisor = view(Slot::Supervisor);
+
+    let mut indices = BTreeSet::new();
+    let free = fronts.each_ref().map(Front::free_items);
+    assert_eq!((free.iter().sum::<usize>(), free.iter().min()), (11, Some(&3)));
+    for (n, front) in fronts.iter_mut().enumerate() {
+        for _ in 0..free[n] {
+            let mut request = front.request(100).unwrap();
+            front.write(&mut request, &[n as u8; 100]);
+            assert!(indices.insert(front.offer(&Offer { id: n as u64, ..CALL }, &mut request).unwrap()));
+        }
+    }
+    assert_eq!(indices, (0..11).collect(), "each has its own");
+    let mut claimed = Vec::new();
+    while let Some(one) = worker.take() {
+        let id = one.id();
+        assert_eq!(worker.open(&one, 0).unwrap().0.payload(), [id as u8; 100], "of its front's memory");
+        claimed.push(one);
+    }
+    sweep_front(supervisor, &bells, 1);
+    for one in claimed {
+        assert_eq!(one.is_cancelled(), one.id() == 1, "its front is dead");
+        worker.reply(&one, 0).complete(one, 0, 0, 0);
+    }
+    for (n, front) in fronts.iter_mut().enumerate() {
+        assert!(std::iter::from_fn(|| front.collect()).all(|done| done.id == n as u64));
+    }
+    // The next worker's death is told to each of them.
+    [0, 1, 2].iter().for_each(|&n| _ = has_rung(bells.front(n)));
+    let failure = Failure::new(Code::Aborted, "WORKER_CRASHED", "it was killed");
+    let death = Death { worker: 0, pid: 1, status: std::process::ExitStatus::default(), failure };
+    sweep_worker(supervisor, &topology, &bells, &death, 1, &mut DeadLetters::default());
+    assert!([0, 1, 2].iter().all(|&n| has_rung(bells.front(n)) && supervisor.rescan(n).load(Relaxed) != 0));
+}
