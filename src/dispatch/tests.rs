@@ -1,5 +1,6 @@
 //! Front and workers of one segment, in one process: what each sees of what the other does.
 
+mod damage;
 mod results;
 
 use std::{collections::BTreeSet, sync::Arc, sync::atomic::Ordering::Relaxed, time::Duration};
@@ -10,7 +11,7 @@ use super::*;
 use crate::{
     doorbell::Bell,
     process::now,
-    segment::{GRANULE, Geometry, INLINE, SegmentOwner, Stage},
+    segment::{Geometry, INLINE, SegmentOwner, Stage},
 };
 
 const ITEMS: u32 = 8;
@@ -407,119 +408,6 @@ fn few_of_a_pool_spin_and_each_pool_has_its_own() {
     let next = Worker::attach(view, rig.topology.clone(), rig.bells.clone(), 2).unwrap();
     assert!(next.begin_spin());
     assert!(Worker::attach(rig.supervisor, rig.topology.clone(), rig.bells.clone(), 4).is_none(), "of no pool");
-}
-
-#[test]
-fn what_no_hint_tells_is_found_by_looking() {
-    let mut rig = rig("scan");
-    let done: Vec<_> = (1..=3).map(|id| rig.call(id)).collect();
-    // As if their returns were lost: what was done first comes first.
-    for (worker, time) in [(0, 30), (1, 10), (2, 20)] {
-        let claimed = rig.workers[worker].take().unwrap();
-        let (record, word) = (claimed.record, claimed.word);
-        record.done.store(time, Relaxed);
-        word.with(Phase::Done, worker as u16).store(&record.word, word);
-    }
-    assert!(rig.front.collect().is_none());
-    assert_eq!(done.iter().map(|&index| rig.word(index).phase()).collect::<Vec<_>>(), [Phase::Done; 3]);
-    rig.supervisor.rescan(0).fetch_or(1, Relaxed);
-    assert_eq!(rig.collect(), [2, 3, 1]);
-    assert_eq!(rig.front.free_items(), ITEMS as usize);
-
-    // A record that is in no use is not let become an item by somebody who scribbles.
-    for phase in [Phase::Ready, Phase::Claimed, Phase::Done] {
-        let index = (0..ITEMS).find(|&index| rig.word(index).phase() == Phase::Free).unwrap();
-        let word = rig.word(index);
-        word.offered(1).with(phase, 0).store(&rig.supervisor.item(index).word, word);
-        rig.supervisor.rescan(0).fetch_or(1, Relaxed);
-        assert!(rig.front.collect().is_none());
-        assert_eq!(rig.word(index).phase(), Phase::Free);
-    }
-    // All of them are as good as before.
-    let ids: BTreeSet<_> = (10..10 + u64::from(ITEMS)).collect();
-    ids.iter().for_each(|&id| _ = rig.call(id));
-    assert_eq!(rig.work(0).into_iter().collect::<BTreeSet<_>>(), ids);
-    assert_eq!(rig.collect().into_iter().collect::<BTreeSet<_>>(), ids);
-}
-
-#[test]
-fn an_item_whose_hint_is_gone_is_hinted_again() {
-    let mut rig = rig("hints");
-    // Somebody took the hint and died before the claim; another's is still there.
-    rig.call(1);
-    let lane = rig.supervisor.lane(lane_of(0, 1).into());
-    lane.take_ahead(|_| false, |_| {});
-    let later = rig.offer(Offer { id: 2, pool: 1, ..CALL }, b"").unwrap();
-    assert!(rig.work(0).is_empty());
-    rig.supervisor.rescan(0).fetch_or(1, Relaxed);
-    assert!(rig.front.collect().is_none() && rig.front.somebody_is_late(), "a hint is missing");
-    assert!(rig.workers[0].arm(true));
-    rig.front.ring();
-    assert_eq!(rig.rung().0, [0]);
-    assert!(!rig.front.somebody_is_late());
-    rig.workers[0].disarm().unwrap();
-    assert_eq!((rig.work(0), rig.work(3)), (vec![1], vec![2]));
-    assert_eq!(rig.word(later).phase(), Phase::Done);
-}
-
-#[test]
-fn a_word_that_cannot_have_come_of_the_item_is_damage() {
-    let mut rig = rig("damage");
-    for (n, damage) in [
-        |word: Word| word.with(Phase::Claimed, 4),
-        |word: Word| word.with(Phase::Free, 0),
-        |word: Word| Word::new(word.generation() ^ (1 << 20), word.lane(), 0, Phase::Done, 0),
-    ]
-    .into_iter()
-    .enumerate()
-    {
-        let index = rig.offer(CALL, &[1; 100]).unwrap();
-        let claimed = rig.workers[0].take().unwrap();
-        let record = claimed.record;
-        record.result_len.store(9, Relaxed);
-        damage(claimed.word).store(&record.word, claimed.word);
-        rig.supervisor.rescan(0).fetch_or(1, Relaxed);
-        let done = rig.front.collect().unwrap();
-        assert_eq!((done.index, done.id, done.outcome, done.len), (index, 1, Outcome::Damaged, 0), "{n}");
-        assert_eq!((done.worker, done.attempts), (SUPERVISOR, 0));
-        rig.front.release(index);
-        assert_eq!((rig.front.free_items(), rig.front.free_request_bytes()), (ITEMS as usize, BYTES));
-        assert_eq!(rig.call(2), index);
-        assert_eq!(rig.work(0), [2]);
-        assert_eq!(rig.collect(), [2]);
-    }
-}
-
-#[test]
-fn a_result_that_is_impossible_is_none() {
-    let mut rig = rig("invalid");
-    // Where it ends decides: at the end of the partition, or behind it.
-    for (len, offset, outcome) in [
-        (BYTES as u32, 0, Outcome::Success),
-        (BYTES as u32, GRANULE, Outcome::Invalid),
-        (u32::MAX, 0, Outcome::Invalid),
-        (65, u64::MAX, Outcome::Invalid),
-        (64, u64::MAX, Outcome::Success),
-    ] {
-        rig.call(1);
-        let claimed = rig.workers[1].take().unwrap();
-        let (record, word) = (claimed.record, claimed.word);
-        record.result_len.store(len, Relaxed);
-        record.result_offset.store(offset, Relaxed);
-        rig.workers[1].reply(&claimed, 0);
-        word.with(Phase::Done, 1).store(&record.word, word);
-        rig.supervisor.rescan(0).fetch_or(1, Relaxed);
-        let done = rig.front.collect().unwrap();
-        assert_eq!((done.outcome, done.worker, done.attempts), (outcome, 1, 1), "{len} {offset}");
-        assert_eq!(done.len, if outcome == Outcome::Success { len as usize } else { 0 });
-        rig.front.release(done.index);
-    }
-    // A failure is what the worker says it is.
-    rig.call(2);
-    let claimed = rig.workers[1].take().unwrap();
-    rig.workers[1].reply(&claimed, 0).complete(claimed, 5, 20, 30);
-    let done = rig.front.collect().unwrap();
-    assert_eq!((done.outcome, done.times), (Outcome::Failure(5), [0, 20, 30]));
 }
 
 #[test]
