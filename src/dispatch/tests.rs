@@ -437,6 +437,27 @@ fn a_sweep_gives_back_what_the_dead_had_and_counts_it() {
 }
 
 #[test]
+fn only_the_supervisor_can_tell_a_front_that_this_is_the_end() {
+    let rig = rig("end");
+    // A worker can do both.
+    rig.supervisor.set_stage(Stage::Stopping);
+    rig.bells.ring_all();
+    assert!(!rig.front.is_draining());
+    rig.bells.end();
+    assert!(rig.front.is_draining() && rig.front.is_draining());
+}
+
+#[test]
+fn workers_are_numbered_through_all_pools() {
+    let rig = rig("topology");
+    let topology = rig.front.topology();
+    assert_eq!((topology.pools(), topology.counts()), (2, vec![3, 1]));
+    assert_eq!([0, 1].map(|pool| topology.workers(pool)), [(0, 3), (3, 1)]);
+    assert_eq!([0, 2, 3, 4].map(|worker| topology.pool_of(worker)), [Some(0), Some(0), Some(1), None]);
+    assert_eq!(rig.workers.iter().map(Worker::number).collect::<Vec<_>>(), [0, 1, 2, 3]);
+}
+
+#[test]
 fn nobody_waits_for_the_dead() {
     let mut rig = rig("dead");
     for (worker, pool) in [(1, 0), (3, 1)] {
@@ -481,7 +502,9 @@ fn fronts_share_the_items_and_nothing_else() {
         for _ in 0..free[n] {
             let mut request = front.request(100).unwrap();
             front.write(&mut request, &[n as u8; 100]);
-            assert!(indices.insert(front.offer(&Offer { id: n as u64, ..CALL }, &mut request).unwrap()));
+            let index = front.offer(&Offer { id: n as u64, ..CALL }, &mut request).unwrap();
+            assert_eq!((front.id(index), front.payload_len(index), front.taken(index)), (n as u64, 100, 0));
+            assert!(indices.insert(index));
         }
     }
     assert_eq!(indices, (0..11).collect(), "each has its own");
