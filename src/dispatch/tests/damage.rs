@@ -39,21 +39,48 @@ fn what_no_hint_tells_is_found_by_looking() {
 #[test]
 fn an_item_whose_hint_is_gone_is_hinted_again() {
     let mut rig = rig("hints");
-    // Somebody took the hint and died before the claim; another's is still there.
+    for (pool, worker) in [(0, 1), (1, 3)] {
+        // Somebody took the hint and died before the claim.
+        rig.offer(Offer { id: 1, pool, ..CALL }, b"").unwrap();
+        rig.front.ring();
+        rig.supervisor.lane(lane_of(pool, 1).into()).take_ahead(|_| false, |_| {});
+        assert!(rig.workers[worker].arm(true));
+        rig.supervisor.rescan(0).fetch_or(1, Relaxed);
+        assert!(rig.front.collect().is_none() && rig.front.somebody_is_late(), "a hint is missing");
+        rig.front.ring();
+        assert_eq!(rig.rung().0, [worker as u16]);
+        assert!(!rig.front.somebody_is_late());
+        rig.workers[worker].disarm().unwrap();
+        assert_eq!((rig.work(worker), rig.collect()), (vec![1], vec![1]));
+    }
+}
+
+#[test]
+fn an_item_that_was_given_back_is_hinted_although_others_wait() {
+    let mut rig = rig("given-back");
     rig.call(1);
-    let lane = rig.supervisor.lane(lane_of(0, 1).into());
-    lane.take_ahead(|_| false, |_| {});
-    let later = rig.offer(Offer { id: 2, pool: 1, ..CALL }, b"").unwrap();
-    assert!(rig.work(0).is_empty());
+    let claimed = rig.workers[0].take().unwrap();
+    rig.call(2);
+    // A sweep that found the lane full.
+    claimed.word.requeued().store(&claimed.record.word, claimed.word);
     rig.supervisor.rescan(0).fetch_or(1, Relaxed);
-    assert!(rig.front.collect().is_none() && rig.front.somebody_is_late(), "a hint is missing");
-    assert!(rig.workers[0].arm(true));
+    assert!(rig.front.collect().is_none());
     rig.front.ring();
-    assert_eq!(rig.rung().0, [0]);
-    assert!(!rig.front.somebody_is_late());
-    rig.workers[0].disarm().unwrap();
-    assert_eq!((rig.work(0), rig.work(3)), (vec![1], vec![2]));
-    assert_eq!(rig.word(later).phase(), Phase::Done);
+    assert_eq!(rig.work(1), [2, 1]);
+}
+
+#[test]
+fn a_part_that_no_hint_tells_of_is_noticed_by_looking() {
+    let mut rig = rig("part");
+    for (kind, is_noticed) in [(Kind::Call, false), (Kind::Stream, true)] {
+        let index = rig.offer(Offer { kind, ..CALL }, b"").unwrap();
+        let claimed = rig.workers[0].take().unwrap();
+        partial::Entry::new(claimed.word.generation(), 0).put(&claimed.record.partials[0]);
+        assert!(rig.front.collect().is_none() && rig.front.noticed().is_none());
+        rig.supervisor.rescan(0).fetch_or(1, Relaxed);
+        assert!(rig.front.collect().is_none());
+        assert_eq!(rig.front.noticed(), is_noticed.then_some(index));
+    }
 }
 
 #[test]

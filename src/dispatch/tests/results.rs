@@ -345,6 +345,7 @@ fn parts_outlive_their_worker_until_they_are_taken() {
     reply.complete(claimed, 0, 0, 0);
     drop(reply);
     let done = rig.front.collect().unwrap();
+    assert!(rig.front.collect().is_none() && rig.front.noticed().is_none(), "who has the item knows");
     rig.kill(0, 9);
     let mut room = vec![rig.has_room(Kind::Call, ALL - 32_000)];
     for n in 1..=2 {
