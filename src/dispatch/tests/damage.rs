@@ -97,7 +97,8 @@ fn a_word_that_cannot_have_come_of_the_item_is_damage() {
         let index = rig.offer(CALL, &[1; 100]).unwrap();
         let claimed = rig.workers[0].take().unwrap();
         let record = claimed.record;
-        record.result_len.store(9, Relaxed);
+        // As if its worker could wait for room.
+        record.result_len.store(900, Relaxed);
         damage(claimed.word).store(&record.word, claimed.word);
         rig.supervisor.rescan(0).fetch_or(1, Relaxed);
         let done = rig.front.collect().unwrap();

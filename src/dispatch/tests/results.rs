@@ -3,7 +3,7 @@
 use std::io::Write as _;
 
 use super::*;
-use crate::segment::WINDOW;
+use crate::segment::{GRANULE, WINDOW};
 
 impl Rig {
     /// Offers an item of this kind, and worker 0 claims it.
@@ -364,4 +364,43 @@ fn parts_outlive_their_worker_until_they_are_taken() {
         room.push(rig.has_room(Kind::Call, ALL));
     }
     assert_eq!(room, [false, false, true]);
+}
+
+#[test]
+fn an_item_is_noticed_once_whichever_attempt_has_parts() {
+    let mut rig = rig("noticed");
+    let index = rig.claim(Kind::Stream, 1).index;
+    rig.sweep(0, 9);
+    for attempt in 2..5 {
+        let claimed = rig.workers[0].take().unwrap();
+        let mut reply = rig.workers[0].reply(&claimed, ALL);
+        for _ in 0..2 {
+            reply.write(&[attempt; 10]).unwrap();
+            reply.send().unwrap();
+        }
+        drop(reply);
+        assert!(rig.front.collect().is_none());
+        if attempt < 4 {
+            rig.kill(0, 9);
+        }
+    }
+    assert_eq!((rig.front.noticed(), rig.front.noticed()), (Some(index), None));
+    let part = rig.front.partial(index).unwrap().unwrap();
+    assert_eq!((part.attempts, part.worker, part.sequence, part.len), (4, 0, 0, 10));
+}
+
+#[test]
+fn a_part_may_be_as_large_as_a_result() {
+    let mut rig = rig("whole");
+    let claimed = rig.claim(Kind::Stream, 1);
+    let most = ALL - GRANULE as usize;
+    let mut reply = rig.workers[0].reply(&claimed, most);
+    reply.buffer(most).unwrap().fill(8);
+    assert_eq!(reply.try_send(), Ok(true));
+    drop(reply);
+    assert!(rig.front.collect().is_none());
+    let part = rig.front.partial(claimed.index).unwrap().unwrap();
+    let mut bytes = 0;
+    assert!(rig.front.take_partial(&part, |piece| bytes += piece.iter().filter(|byte| **byte == 8).count()));
+    assert_eq!(bytes, most);
 }
