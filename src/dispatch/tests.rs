@@ -2,6 +2,7 @@
 
 mod damage;
 mod results;
+mod takeover;
 
 use std::{collections::BTreeSet, sync::Arc, sync::atomic::Ordering::Relaxed, time::Duration};
 
@@ -526,6 +527,10 @@ fn fronts_share_the_items_and_nothing_else() {
         }
         assert_eq!((front.free_items(), front.free_request_bytes()), (free[n], BYTES));
     }
+    // Each is replaced by itself.
+    fronts[2].offer(&Offer { kind: Kind::Submit, subscription: b"s", ..CALL }, &mut Request::default()).unwrap();
+    let adopted = [1, 2].map(|n| Front::attach(view(Slot::Front(n)), topology.clone(), bells.clone(), n).1.len());
+    assert_eq!(adopted, [0, 1]);
     // The next worker's death is told to each of them.
     [0, 1, 2].iter().for_each(|&n| _ = has_rung(bells.front(n)));
     let failure = Failure::new(Code::Aborted, "WORKER_CRASHED", "it was killed");
