@@ -414,7 +414,7 @@ impl<'s> Front<'s> {
                     known.state = State::Waiting;
                     self.cancel(index);
                 }
-                (Phase::Claimed, State::Waiting) if known.stream.is_some() => self.notice(index),
+                (Phase::Claimed, State::Waiting) => self.notice(index),
                 // It is nobody's: let nobody take it for his.
                 (Phase::Ready | Phase::Claimed | Phase::Done, State::Free) => {
                     word.discarded().store(&record.word, word);

@@ -424,7 +424,10 @@ fn a_sweep_gives_back_what_the_dead_had_and_counts_it() {
     assert!(rig.front.collect().is_none());
     let again: Vec<_> = (0..2).map(|_| rig.workers[0].take().unwrap()).collect();
     assert!(rig.workers[0].take().is_none());
-    assert_eq!(again.iter().map(Claimed::attempt).collect::<Vec<_>>(), [2, 2]);
+    for claimed in &again {
+        let (item, _) = rig.workers[0].open(claimed, 0).unwrap();
+        assert_eq!((claimed.attempt(), item.attempt()), (2, 2));
+    }
     assert_eq!(rig.kill(0, 2), Swept { requeued: 0, failed: 2 });
     for _ in 0..2 {
         let done = rig.front.collect().unwrap();
