@@ -132,6 +132,17 @@ fn the_memory_of_a_result_is_its_until_it_is_released() {
     assert!(!rig.has_room(Kind::Call, ALL));
     rig.front.release(first.index);
     assert!(rig.has_room(Kind::Call, ALL));
+
+    // Each worker has memory of its own, and so has its successor.
+    rig.call(3);
+    let claimed = rig.workers[1].take().unwrap();
+    let mut reply = rig.workers[1].reply(&claimed, ALL);
+    reply.buffer(ALL).unwrap();
+    reply.complete(claimed, 0, 0, 0);
+    drop(reply);
+    let _kept = rig.front.collect().unwrap();
+    rig.kill(0, 9);
+    assert!(rig.has_room(Kind::Call, ALL));
 }
 
 #[test]
