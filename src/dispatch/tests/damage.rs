@@ -37,6 +37,28 @@ fn what_no_hint_tells_is_found_by_looking() {
 }
 
 #[test]
+fn a_result_that_there_was_no_room_to_tell_of_is_found() {
+    let mut rig = rig("returns");
+    let stream = rig.offer(Offer { id: 1, kind: Kind::Stream, ..CALL }, b"").unwrap();
+    let claimed = rig.workers[0].take().unwrap();
+    let mut reply = rig.workers[0].reply(&claimed, 0);
+    let mut told = 0;
+    // The front takes parts and does not look at what tells of them.
+    while rig.supervisor.rescan(0).load(Relaxed) == 0 {
+        reply.send().unwrap();
+        let part = rig.front.partial(stream).unwrap().unwrap();
+        assert!(rig.front.take_partial(&part, |_| {}));
+        told += 1;
+    }
+    assert!(told > ITEMS, "each item has room to be told of");
+    drop(reply);
+    rig.supervisor.rescan(0).store(0, Relaxed);
+    rig.call(2);
+    assert_eq!(rig.work(0), [2]);
+    assert_eq!(rig.collect(), [2]);
+}
+
+#[test]
 fn an_item_whose_hint_is_gone_is_hinted_again() {
     let mut rig = rig("hints");
     for (pool, worker) in [(0, 1), (1, 3)] {

@@ -141,8 +141,18 @@ fn the_memory_of_a_result_is_its_until_it_is_released() {
     reply.complete(claimed, 0, 0, 0);
     drop(reply);
     let _kept = rig.front.collect().unwrap();
+    // A small result has none.
+    rig.finish(Kind::Call, 4, INLINE);
+    let _small = rig.front.collect().unwrap();
     rig.kill(0, 9);
     assert!(rig.has_room(Kind::Call, ALL));
+
+    // What is released behind one that is not is room all the same.
+    rig.finish(Kind::Call, 5, 1000);
+    rig.finish(Kind::Call, 6, ALL / 2);
+    let [_first, second] = [0; 2].map(|_| rig.front.collect().unwrap());
+    rig.front.release(second.index);
+    assert!(rig.has_room(Kind::Call, ALL / 2));
 }
 
 #[test]
@@ -157,15 +167,16 @@ fn what_waits_for_subscribers_leaves_half_to_those_who_wait_for_results() {
         // It is known to the worker's successor, too.
         rig.kill(0, 9);
     }
-    // Nor does it grow beyond that.
+    // Nor does it grow beyond that. Of a server that stops nobody waits.
+    rig.supervisor.set_stage(Stage::Stopping);
     let claimed = rig.claim(Kind::Submit, 2);
     let mut reply = rig.workers[0].reply(&claimed, ALL);
-    reply.write(&vec![0; ALL / 2 - 1000]).unwrap();
-    assert_eq!(reply.try_reserve(ALL / 2), Ok(false));
+    assert_eq!(reply.buffer(ALL / 2 - 999).unwrap_err(), ReplyError::NoRoom);
+    assert!(reply.buffer(ALL / 2 - 1000).is_ok());
     drop(reply);
-    rig.kill(0, 9);
     rig.front.release(done.index);
-    rig.front.cancel(claimed.index);
+    rig.workers[0].reply(&claimed, 0).complete(claimed, 0, 0, 0);
+    rig.collect();
     // Alone it may be as large as any.
     assert!(rig.has_room(Kind::Submit, ALL));
 }
@@ -188,6 +199,18 @@ fn memory_that_is_held_is_not_used_again() {
     assert!(!rig.has_room(Kind::Call, ALL));
     drop(held);
     assert!(rig.has_room(Kind::Call, ALL));
+
+    // Nobody tells when a hold is dropped: it is not waited for.
+    let claimed = rig.claim(Kind::Call, 3);
+    let mut reply = rig.workers[0].reply(&claimed, ALL);
+    reply.buffer(ALL).unwrap();
+    let hold = reply.hold().unwrap();
+    reply.discard();
+    assert_eq!(reply.try_reserve(100), Ok(false));
+    assert_eq!(reply.lacks_room().err(), Some(ReplyError::NoRoom));
+    reply.complete(claimed, 0, 0, 0);
+    drop((reply, hold));
+    rig.collect();
 
     // Of a result, not before it is released and the hold is dropped.
     for release_first in [true, false] {
@@ -233,8 +256,8 @@ fn a_failure_is_told_however_little_room_there_is() {
     let claimed = rig.claim(Kind::Call, 3);
     let mut reply = rig.workers[0].reply(&claimed, ALL);
     assert_eq!(reply.try_reserve(100), Ok(false));
+    assert_eq!(reply.lacks_room().err(), Some(ReplyError::NoRoom));
     assert_eq!(reply.buffer(100).unwrap_err(), ReplyError::NoRoom);
-    assert!(reply.lacks_room().is_err());
     reply.fail(claimed, &failure, 0, 0);
     drop(reply);
     rig.front.collect().unwrap();
@@ -414,4 +437,26 @@ fn a_part_may_be_as_large_as_a_result() {
     let mut bytes = 0;
     assert!(rig.front.take_partial(&part, |piece| bytes += piece.iter().filter(|byte| **byte == 8).count()));
     assert_eq!(bytes, most);
+}
+
+#[test]
+fn who_is_cancelled_waits_for_its_own_parts_no_longer() {
+    let mut rig = rig("own");
+    let stream = rig.claim(Kind::Stream, 1);
+    let call = rig.claim(Kind::Call, 2);
+    let mut open = rig.workers[0].open_beside(&stream, ALL, 0).unwrap();
+    let mut other = rig.workers[0].open_beside(&call, ALL, 0).unwrap();
+    open.reply().buffer(ALL - GRANULE as usize).unwrap();
+    open.reply().send().unwrap();
+    for open in [&mut open, &mut other] {
+        assert_eq!(open.reply().try_reserve(100), Ok(false));
+        assert!(open.reply().lacks_room().is_ok());
+    }
+    // The client that does not take them is another's: there may be room in a while, as at any time.
+    rig.front.cancel(call.index);
+    assert!(other.reply().lacks_room().is_ok());
+    rig.front.cancel(stream.index);
+    assert_eq!(open.reply().lacks_room().err(), Some(ReplyError::Cancelled));
+    // What they say when they are dropped shall not wait for room.
+    rig.supervisor.set_stage(Stage::Stopping);
 }
