@@ -105,6 +105,8 @@ fn a_result_may_be_as_large_as_it_may_be_and_no_larger() {
         assert_eq!(reply.buffer(most + 1).unwrap_err(), refused);
         assert_eq!(reply.try_reserve(most), Ok(true));
         assert_eq!(reply.buffer(most).unwrap().len(), most);
+        reply.clear();
+        assert_eq!(reply.write(&vec![0; most]), Ok(()));
         assert_eq!(reply.write(&[0]), Err(refused), "nor byte by byte");
         reply.complete(claimed, 0, 0, 0);
         drop(reply);
