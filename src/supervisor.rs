@@ -12,7 +12,7 @@
 //! - A worker that takes too long for an item is ended (`overdue`).
 //! - SIGTERM and SIGINT drain: the front takes nothing new, what was accepted is finished and sent, then the workers end,
 //!   then the segment is removed. A second signal, or the end of the grace period, kills what is left. Those that come
-//!   [at once](AT_ONCE) are one: `timeout` sends its signal to the process and to its group.
+//!   at once are one: `timeout` sends its signal to the process and to its group.
 //!
 //! Children block both signals: a Ctrl-C goes to the whole process group, and only the supervisor may decide.
 
