@@ -34,9 +34,10 @@ def compile_proto(folder):
     from grpc_tools import protoc
 
     includes = Path(protoc.__file__).parent / "_proto"
-    arguments = [f"-I{ROOT / 'proto'}", f"-I{includes}", f"--python_out={folder}", f"--grpc_python_out={folder}"]
-    if protoc.main(["protoc", *arguments, "forkring/v1/dispatcher.proto"]) != 0:
-        sys.exit("cannot compile forkring/v1/dispatcher.proto")
+    sources = [f"-I{source}" for source in (ROOT / "proto", ROOT / "scripts/peers/triton_storm", includes)]
+    arguments = [*sources, f"--python_out={folder}", f"--grpc_python_out={folder}"]
+    if protoc.main(["protoc", *arguments, "forkring/v1/dispatcher.proto", "infer.proto"]) != 0:
+        sys.exit("cannot compile the clients' protocols")
     sys.path.insert(0, folder)
 
 
@@ -157,6 +158,10 @@ class Post(Peer):
         self.stub = dispatcher_pb2_grpc.DispatcherStub(self.channel)
         self.updates = asyncio.create_task(self.follow())
 
+    def stop(self):
+        self.updates.cancel()
+        super().stop()
+
     async def follow(self):
         async for update in self.stub.GetUpdates(self.messages.GetUpdatesRequest()):
             waiting = self.waiting.get(update.id)
@@ -170,11 +175,59 @@ class Post(Peer):
         return [await asyncio.wait_for(answer.get(), PATIENCE)]
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class Triton(Peer):
+    def __init__(self, folder):
+        server = folder / "pytriton" / "tritonserver"
+        self.port, self.prefix = free_port(), f"storm-{os.getpid()}"
+        command = [
+            server / "bin" / "tritonserver", f"--model-repository={ROOT}/scripts/peers/triton_storm",
+            f"--backend-directory={server}/backends", "--allow-http=false", "--allow-metrics=false",
+            "--grpc-address=127.0.0.1", f"--grpc-port={self.port}",
+            f"--backend-config=python,shm-region-prefix-name={self.prefix}",
+        ]
+        env = {"PACKAGES": str(folder)}
+        super().__init__("Triton's Python backend", command, lambda command: "python_backend_stub" in command, env)
+
+    async def connect(self):
+        import infer_pb2
+        import infer_pb2_grpc
+
+        self.messages = infer_pb2
+        self.channel = grpc.aio.insecure_channel(f"127.0.0.1:{self.port}")
+        self.stub = infer_pb2_grpc.GRPCInferenceServiceStub(self.channel)
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            try:
+                await self.send(0)
+                return
+            except grpc.aio.AioRpcError as error:
+                if time.monotonic() > deadline:
+                    sys.exit(f"Triton did not start: {error.details()}")
+                await asyncio.sleep(0.2)
+
+    async def send(self, number):
+        tensor = self.messages.ModelInferRequest.InferInputTensor(name="INPUT", datatype="UINT8", shape=[1])
+        request = self.messages.ModelInferRequest(
+            model_name="work", id=str(number), inputs=[tensor], raw_input_contents=[b"x"]
+        )
+        answer = await self.stub.ModelInfer(request, timeout=PATIENCE)
+        return [int(answer.id)]
+
+    def stop(self):
+        super().stop()
+        for left in Path("/dev/shm").glob(f"{self.prefix}*"):
+            left.unlink(missing_ok=True)
+
+
 class Mosec(Peer):
     def __init__(self):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
+        self.port = free_port()
         command = [sys.executable, "scripts/peers/mosec_worker.py", "--port", str(self.port), "--timeout", "5000"]
         super().__init__("mosec", command, lambda command: "spawn_main" in command)
 
@@ -238,7 +291,10 @@ async def storm(peer, seconds, dice):
 
 async def run(arguments):
     rows = []
-    for make in [lambda: Forkring(arguments.forkring), Mosec, Post]:
+    peers = [lambda: Forkring(arguments.forkring), Mosec, Post]
+    if arguments.triton:
+        peers.append(lambda: Triton(arguments.triton_folder))
+    for make in peers:
         peer = make()
         try:
             await peer.connect()
@@ -259,6 +315,8 @@ async def run(arguments):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--forkring", required=True, help="the binary")
+    parser.add_argument("--triton", action="store_true", help="Triton, too: a large download")
+    parser.add_argument("--triton-folder", type=lambda path: Path(path).resolve(), help="where its wheel was unpacked")
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--seed", type=int, default=1)
     arguments = parser.parse_args()
