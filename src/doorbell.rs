@@ -130,6 +130,41 @@ mod tests {
         thread,
     };
 
+    #[test]
+    fn a_bell_that_is_polled_makes_nobody_sleep_and_no_program_inherits_one() {
+        let bells = [Bell::pollable().unwrap(), Bell::blocking().unwrap()];
+        bells[0].drain().unwrap();
+        for bell in &bells {
+            let flags = rustix::io::fcntl_getfd(bell).unwrap();
+            assert!(flags.contains(rustix::io::FdFlags::CLOEXEC));
+            bell.wait_at_most(Duration::ZERO).unwrap();
+            assert!(!bell.has_rung());
+            bell.ring().unwrap();
+            bell.try_clone().unwrap().ring().unwrap();
+            assert!(bell.has_rung());
+            bell.wait_at_most(Duration::from_secs(3600)).unwrap();
+            assert!(!bell.has_rung(), "two rings are one");
+            bell.ring().unwrap();
+            bell.drain().unwrap();
+            assert!(!bell.has_rung());
+        }
+    }
+
+    #[test]
+    fn a_front_wakes_once_for_the_rings_so_far() {
+        let bell = Bell::pollable().unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
+        runtime.block_on(async {
+            let waited = AsyncBell::new(bell.try_clone().unwrap()).unwrap();
+            for _ in 0..2 {
+                bell.ring().unwrap();
+                bell.ring().unwrap();
+                waited.wait().await.unwrap();
+                assert!(!bell.has_rung());
+            }
+        });
+    }
+
     /// Two threads hand a token to and fro, sleeping each time: a lost wakeup hangs the test.
     #[test]
     fn no_wakeup_is_lost() {

@@ -456,6 +456,25 @@ fn only_the_supervisor_can_tell_a_front_that_this_is_the_end() {
 }
 
 #[test]
+fn a_bit_of_nobodys_wakes_nobody() {
+    let mut rig = rig("nobody");
+    rig.supervisor.idle(1).enter(1);
+    rig.offer(Offer { pool: 1, ..CALL }, b"").unwrap();
+    rig.front.ring();
+    assert_eq!((rig.rung(), rig.supervisor.idle(1).any()), ((vec![], false), false));
+}
+
+#[test]
+fn bells_are_known_by_the_numbers_of_their_descriptors() {
+    let bells = Bells::new(2, 3).unwrap();
+    let (fronts, workers, end) = bells.numbers();
+    assert_eq!((bells.counts(), fronts.len(), workers.len()), ((2, 3), 2, 3));
+    let all: Vec<_> = bells.fds().map(|fd| fd.as_fd().as_raw_fd()).collect();
+    assert_eq!(all, [fronts, workers, vec![end]].concat());
+    assert_eq!(all.iter().collect::<BTreeSet<_>>().len(), 6);
+}
+
+#[test]
 fn workers_are_numbered_through_all_pools() {
     let rig = rig("topology");
     let topology = rig.front.topology();
