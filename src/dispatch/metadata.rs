@@ -36,7 +36,11 @@ mod tests {
         #[test]
         fn pairs_come_out_as_they_went_in(given: Vec<(String, String)>) {
             let mut bytes = Vec::new();
-            given.iter().for_each(|(key, value)| push(&mut bytes, key, value));
+            for (key, value) in &given {
+                let before = bytes.len();
+                push(&mut bytes, key, value);
+                prop_assert_eq!(len(key, value), bytes.len() - before);
+            }
             let given: Vec<_> = given.iter().map(|(key, value)| (key.as_str(), value.as_str())).collect();
             prop_assert_eq!(pairs(&bytes).collect::<Vec<_>>(), given);
         }

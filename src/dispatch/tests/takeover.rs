@@ -37,6 +37,10 @@ fn nothing_that_was_submitted_is_written_over() {
     assert_eq!(rig.front.free_request_bytes(), left(2));
     rig.front.ring();
     assert!(rig.work_on(&[1; 1000]) && rig.work_on(&[2; 1000]));
+    // Each item may still have two parts of the memory.
+    let others = ITEMS as usize - 2;
+    (0..others).for_each(|_| _ = rig.offer(Offer { metadata: &metadata, ..CALL }, &[3; 1000]).unwrap());
+    assert!((0..others).all(|_| rig.work_on(&[3; 1000])));
     // Of what is done nobody needs the payload any more, whoever finds it.
     assert_eq!(rig.take_over().len(), 2);
     assert_eq!(rig.front.free_request_bytes(), BYTES - 2 * 128);
