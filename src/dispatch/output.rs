@@ -154,7 +154,7 @@ impl<'s> Output<'s> {
                 let Some(entry) = Entry::look(slot, word.generation()) else { continue };
                 let mut len = [0; 8];
                 if segment.copy_result(number, entry.offset(), &mut len) {
-                    let len = LEAD.saturating_add(u64::from_le_bytes(len));
+                    let len = LEAD.saturating_add(u64::from_ne_bytes(len));
                     found.push((Span { offset: entry.offset(), len }, 0, Some((n, entry))));
                 }
             }
