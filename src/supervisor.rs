@@ -21,6 +21,7 @@ mod nursery;
 mod orphans;
 pub(crate) mod overdue;
 mod reload;
+mod signals;
 mod spawn;
 
 use std::{
@@ -34,10 +35,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use nix::sys::{
-    signal::{SigSet, SigmaskHow, Signal},
-    signalfd::{SfdFlags, SignalFd},
-};
+use nix::sys::signal::Signal;
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
@@ -61,6 +59,7 @@ use overdue::Watch;
 use reload::Reload;
 
 pub(crate) use reload::App;
+pub use signals::Signals;
 
 const FORK_AGAIN: Duration = Duration::from_secs(1);
 /// Nobody means two things in so short a time.
@@ -108,34 +107,6 @@ pub enum Work {
     Handler(Box<dyn Handler>),
     /// Another program; each worker is replaced by it.
     Program(Program),
-}
-
-/// SIGTERM and SIGINT, which from now on wait to be read instead of ending the process. Dropping it gives them back
-/// their effect.
-pub struct Signals {
-    fd: SignalFd,
-    before: SigSet,
-}
-
-impl Signals {
-    /// Blocks both. To be done before there is anything to clean up.
-    pub fn block() -> io::Result<Self> {
-        let mut mask = SigSet::empty();
-        mask.add(Signal::SIGTERM);
-        mask.add(Signal::SIGINT);
-        let before = mask.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
-        let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Signals { fd, before })
-    }
-}
-
-impl Drop for Signals {
-    fn drop(&mut self) {
-        // What has come meanwhile was meant for what has ended by now.
-        while let Ok(Some(_)) = self.fd.read_signal() {}
-        // Fails only for a mask that is none.
-        let _ = self.before.thread_set_mask();
-    }
 }
 
 /// One participant slot and who is in it.

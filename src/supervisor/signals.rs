@@ -1,0 +1,36 @@
+//! The signals that tell a server to end.
+
+use std::io;
+
+use nix::sys::{
+    signal::{SigSet, SigmaskHow, Signal},
+    signalfd::{SfdFlags, SignalFd},
+};
+
+/// SIGTERM and SIGINT, which from now on wait to be read instead of ending the process. Dropping it gives them back
+/// their effect.
+pub struct Signals {
+    pub(super) fd: SignalFd,
+    before: SigSet,
+}
+
+impl Signals {
+    /// Blocks both. To be done before there is anything to clean up.
+    pub fn block() -> io::Result<Self> {
+        let mut mask = SigSet::empty();
+        mask.add(Signal::SIGTERM);
+        mask.add(Signal::SIGINT);
+        let before = mask.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
+        let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
+        Ok(Signals { fd, before })
+    }
+}
+
+impl Drop for Signals {
+    fn drop(&mut self) {
+        // What has come meanwhile was meant for what has ended by now.
+        while let Ok(Some(_)) = self.fd.read_signal() {}
+        // Fails only for a mask that is none.
+        let _ = self.before.thread_set_mask();
+    }
+}
