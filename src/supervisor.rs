@@ -202,6 +202,7 @@ impl Supervisor {
             let Left { pending, done } = dispatch::adopt(&segment)?;
             tracing::warn!(name = owner.name(), pid, pending, done, "adopted what a dead server left behind");
         }
+        dispatch::begin_lanes(&segment);
         let topology = Topology::new(pools.iter().map(|pool| pool.workers));
         let workers = segment.geometry().workers as u16;
         let bells = Bells::new(1, workers)?;

@@ -429,11 +429,11 @@ impl<'s> Front<'s> {
 
     /// Pushes hints for items that may have none. Those that do not fit are tried again.
     fn push_hints(&mut self) {
-        let (segment, lanes) = (self.segment, &self.lanes);
+        let (segment, lanes) = (self.segment, &mut self.lanes);
         let mut pushed = 0;
         self.unhinted.retain(|&index| {
             let word = Word::load(&segment.item(index).word);
-            let Some(lane) = lanes.get(usize::from(word.lane())).filter(|_| word.phase() == Phase::Ready) else {
+            let Some(lane) = lanes.get_mut(usize::from(word.lane())).filter(|_| word.phase() == Phase::Ready) else {
                 return false;
             };
             let full = lane.push(Hint { index, generation: word.generation() }).is_err();

@@ -24,6 +24,11 @@ pub(super) const LOOK: u64 = 1;
 /// Of a front's `rescan`: no READY item may have a hint any more.
 pub(super) const HINT: u64 = 2;
 
+/// Begins lanes of zeros in a later lap than the first: then zeros are in no lane that is in use, and show like other garbage.
+pub fn begin_lanes(segment: &Segment) {
+    (0..lanes(segment)).for_each(|lane| segment.lane(lane).reset());
+}
+
 /// Makes lanes anew that were scribbled over; how many. Ring the fronts after it.
 pub fn mend(segment: &Segment) -> u32 {
     for pool in 0..segment.geometry().pools as u16 {

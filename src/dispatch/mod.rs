@@ -43,7 +43,7 @@ pub use adopt::{Left, adopt};
 pub use failure::Failure;
 pub use front::{Adopted, Broken, Completion, Front, Outcome, Partial};
 pub use letters::{DeadLetters, Death};
-pub use mend::mend;
+pub use mend::{begin_lanes, mend};
 pub use open::Open;
 pub use output::Hold;
 pub use reply::{Reply, ReplyError};

@@ -192,21 +192,22 @@ impl<'s> Worker<'s> {
     /// Claims the next item of the pool: the oldest of the highest priority.
     #[inline(always)]
     pub fn take(&mut self) -> Option<Claimed<'s>> {
-        let (segment, number) = (self.segment, self.number);
-        for &(lane_number, lane) in &self.lanes {
-            let fetched = self.fetched.take();
+        let Worker { segment, number, lanes, fetched, .. } = self;
+        let (segment, number) = (*segment, *number);
+        for (lane_number, lane) in lanes {
             let mut word = None;
+            let before = *fetched;
             let claim = |hint: Hint| {
-                if fetched != Some(hint.index) {
+                if before != Some(hint.index) {
                     segment.fetch(hint.index);
                 }
-                word = claim(segment, hint, lane_number, number);
+                word = claim(segment, hint, *lane_number, number);
                 word.is_some()
             };
             // While this item is worked on, the next one's lines are on their way.
             let ahead = |next: Hint| {
                 segment.fetch(next.index);
-                self.fetched = Some(next.index);
+                *fetched = Some(next.index);
             };
             if let (Some(hint), Some(word)) = (lane.take_ahead(claim, ahead), word) {
                 crash_point!("take.claimed");

@@ -8,11 +8,13 @@
 //! # Why that holds
 //!
 //! - **Publication is one CAS** of the cell from *empty at this lap* to *full at this lap, hint*. Before it nothing has
-//!   happened; after it the hint is there. The tail is only an accelerator: whoever finds it behind a full cell moves
-//!   it on (helping), so a pusher that dies between the two CASes is finished by its successor.
-//! - **Claim precedes removal.** A taker claims the item first (a CAS on the item's own word), then empties the cell,
-//!   then moves the head. Killed after the claim, it has the item, which the sweep gives back; the cell still holds
-//!   a hint, which the next taker finds stale and removes. Killed before the claim, it has done nothing.
+//!   happened; after it the hint is there.
+//! - **Claim precedes removal.** A taker claims the item first (a CAS on the item's own word), then empties the cell.
+//!   Killed after the claim, it has the item, which the sweep gives back; the cell still holds a hint, which the next
+//!   taker finds stale and removes. Killed before the claim, it has done nothing.
+//! - **Cells are used in order**, and say themselves where the lane begins and ends. Head and tail only save looking for that:
+//!   they go from line to line, a CAS for all cells of a cache line, and never ahead of the cells. Whoever finds one behind a
+//!   line that is used moves it on (helping), so a process that dies before it does so is finished by its successor.
 //! - **A cell never goes back.** The lap in each cell makes a CAS by a process that slept through a whole lap fail,
 //!   until the lap counter itself wraps (2^15 laps), and then a claim still has the item's word to pass.
 //!
@@ -21,7 +23,7 @@
 //!
 //! # When somebody scribbles over it
 //!
-//! Whatever the words of a lane say, `push` and `take` end: each look at a cell either ends them or moves a counter, and after
+//! Whatever the words of a lane say, `push` and `take` end: each look at a cell either ends them or goes to the next, and after
 //! two laps of that they give up, as if the lane were full or empty. A cell that is older than any that can be here by the
 //! rules is as good as an empty one. Hints may be lost then, and a lane that is out of joint stays so; [`Lane::is_sound`] tells,
 //! and [`Lane::reset`] empties it, whoever uses it meanwhile: the caller then sees to the hints of all that is READY.
@@ -31,8 +33,8 @@
 //! | word | writers | pairs |
 //! |---|---|---|
 //! | cell | pushers (empty → full), takers (full → empty at the next lap) | **L0** Release push → **L0'** Acquire take; **L1** Release empty → **L1'** Acquire push |
-//! | tail | pushers, each to t+1 | Relaxed: a hint about the cells, checked against them |
-//! | head | takers, each to h+1 | Relaxed: the same |
+//! | tail | pushers, each to the next line | Relaxed: a hint about the cells, checked against them |
+//! | head | takers, each to the next line | Relaxed: the same |
 
 use super::{GENERATION_BITS, Hint, INDEX_BITS};
 use crate::{
@@ -48,19 +50,38 @@ const LAP_MASK: u64 = u64::MAX >> LAP_SHIFT;
 const LAP_HALF: u64 = LAP_MASK / 2;
 /// A lost race is tried again so often, beside once for each cell of two laps.
 const TRIES: usize = 1000;
+/// Cells in a cache line, of which a small lane may have less.
+const LINE: usize = 8;
 
 /// The lane has no empty cell. It has twice as many as there are items, so this means that more than half of them
 /// hold stale hints that no worker came to remove.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Full;
 
-/// One lane: two counters and the cells, all starting as zero.
+/// One process's view of a lane: two counters and the cells, all starting as zero.
 #[derive(Clone, Copy, Debug)]
 pub struct Lane<'a> {
     head: &'a AtomicU64,
     tail: &'a AtomicU64,
     cells: &'a [AtomicU64],
     lap_bits: u32,
+    taken: Last,
+    pushed: Last,
+}
+
+/// Where a view was last: at what a counter was then, all before `at` was used. It spares looking through the line for that.
+#[derive(Clone, Copy, Debug, Default)]
+struct Last {
+    counter: u64,
+    at: u64,
+}
+
+impl Last {
+    /// Where to begin, by what the counter is now.
+    #[inline]
+    fn begin(self, counter: u64) -> u64 {
+        if self.counter == counter { self.at } else { counter }
+    }
 }
 
 /// How a cell stands to a position of the ring.
@@ -86,7 +107,7 @@ impl<'a> Lane<'a> {
     /// If it is not: the geometry is checked when the segment is made, so this is a mistake in the program.
     pub fn new(head: &'a AtomicU64, tail: &'a AtomicU64, cells: &'a [AtomicU64]) -> Self {
         assert!(cells.len().is_power_of_two(), "a lane has a power of two of cells");
-        Lane { head, tail, cells, lap_bits: cells.len().trailing_zeros() }
+        Lane { head, tail, cells, lap_bits: cells.len().trailing_zeros(), taken: Last::default(), pushed: Last::default() }
     }
 
     fn lap(&self, position: u64) -> u64 {
@@ -123,32 +144,51 @@ impl<'a> Lane<'a> {
         }
     }
 
+    /// How many cells the counters pass at a time.
+    fn line(&self) -> u64 {
+        self.cells.len().min(LINE) as u64
+    }
+
+    /// The position behind `at`, once a counter that is at `from` has passed the line if that is its end. `from` becomes what the
+    /// counter is by then.
+    #[inline]
+    fn pass(&self, counter: &AtomicU64, from: &mut u64, at: u64) -> u64 {
+        let next = at.wrapping_add(1);
+        if next & (self.line() - 1) != 0 {
+            return next;
+        }
+        *from = counter.compare_exchange(*from, next, Relaxed, Relaxed).map_or_else(|now| now, |_| next);
+        *from
+    }
+
     /// Publishes a hint. The item it points at must already be READY.
     #[inline]
-    pub fn push(&self, hint: Hint) -> Result<(), Full> {
+    pub fn push(&mut self, hint: Hint) -> Result<(), Full> {
+        let mut tail = self.tail.load(Relaxed);
+        let mut at = self.pushed.begin(tail);
         for _ in 0..self.tries() {
-            let tail = self.tail.load(Relaxed);
-            let cell = self.cell(tail);
+            let cell = self.cell(at);
             // L1': an emptied cell's taker is done with it.
             let seen = cell.load(Acquire);
-            match self.read(tail, seen) {
+            match self.read(at, seen) {
                 // So a cell in use looks to whoever slept for half of all laps since it loaded the tail. Whoever wrote it had seen
                 // a later tail, so after the Acquire above it is seen here.
-                Cell::Older | Cell::OlderFull if self.tail.load(Relaxed) != tail => {}
-                Cell::OlderFull if self.is_full(tail) => return Err(Full),
+                Cell::Older | Cell::OlderFull if self.tail.load(Relaxed) != tail => {
+                    tail = self.tail.load(Relaxed);
+                    at = tail;
+                }
+                Cell::OlderFull if self.is_full(at) => return Err(Full),
                 Cell::Empty | Cell::Older | Cell::OlderFull => {
                     // L0: whoever sees the hint sees the READY item behind it.
-                    if cell.compare_exchange(seen, self.full(tail, hint), Release, Relaxed).is_ok() {
+                    if cell.compare_exchange(seen, self.full(at, hint), Release, Relaxed).is_ok() {
                         crash_point!("lane.pushed");
-                        let _ = self.tail.compare_exchange(tail, tail.wrapping_add(1), Relaxed, Relaxed);
+                        let at = self.pass(self.tail, &mut tail, at);
+                        self.pushed = Last { counter: tail, at };
                         crash_point!("lane.told");
                         return Ok(());
                     }
                 }
-                // Somebody published here and has not moved the tail, or no longer can: help.
-                Cell::Full(_) | Cell::Newer => {
-                    let _ = self.tail.compare_exchange(tail, tail.wrapping_add(1), Relaxed, Relaxed);
-                }
+                Cell::Full(_) | Cell::Newer => at = self.pass(self.tail, &mut tail, at),
             }
             retry();
         }
@@ -160,10 +200,10 @@ impl<'a> Lane<'a> {
         2 * self.cells.len() + TRIES
     }
 
-    /// Whether the cell of this tail may still be full: not if takers have passed it, for they empty what they pass.
+    /// Whether the cell of this position may still be full: not if takers have passed it, for they empty what they pass.
     #[cold]
-    fn is_full(&self, tail: u64) -> bool {
-        tail.wrapping_sub(self.head.load(Relaxed)) >= self.cells.len() as u64
+    fn is_full(&self, position: u64) -> bool {
+        position.wrapping_sub(self.head.load(Relaxed)) >= self.cells.len() as u64
     }
 
     /// Takes the oldest hint whose item `claim` claims. Hints that it refuses are stale and are removed.
@@ -171,22 +211,26 @@ impl<'a> Lane<'a> {
     /// `claim` must be the one step that makes the item the caller's: it may be called for the same hint by several
     /// takers, and must say yes to at most one of them.
     #[inline]
-    pub fn take(&self, claim: impl FnMut(Hint) -> bool) -> Option<Hint> {
+    pub fn take(&mut self, claim: impl FnMut(Hint) -> bool) -> Option<Hint> {
         self.take_ahead(claim, |_| ())
     }
 
     /// The same, and `ahead` is given the hint behind it if there is one already, to fetch what it points at.
     #[inline]
-    pub fn take_ahead(&self, mut claim: impl FnMut(Hint) -> bool, mut ahead: impl FnMut(Hint)) -> Option<Hint> {
+    pub fn take_ahead(&mut self, mut claim: impl FnMut(Hint) -> bool, mut ahead: impl FnMut(Hint)) -> Option<Hint> {
+        let mut head = self.head.load(Relaxed);
+        let mut at = self.taken.begin(head);
         for _ in 0..self.tries() {
-            let head = self.head.load(Relaxed);
-            let cell = self.cell(head);
+            let cell = self.cell(at);
             // L0': the item behind the hint is READY or newer.
             let seen = cell.load(Acquire);
-            match self.read(head, seen) {
-                Cell::Empty | Cell::Older | Cell::OlderFull => return None,
+            match self.read(at, seen) {
+                Cell::Empty | Cell::Older | Cell::OlderFull => {
+                    self.taken = Last { counter: head, at };
+                    return None;
+                }
                 Cell::Full(hint) => {
-                    let behind = head.wrapping_add(1);
+                    let behind = at.wrapping_add(1);
                     // Relaxed: good for fetching ahead and no more.
                     let next = self.cell(behind).load(Relaxed);
                     let claimed = claim(hint);
@@ -195,19 +239,17 @@ impl<'a> Lane<'a> {
                         ahead(hint);
                     }
                     // L1: the claim is over before the cell can be used again.
-                    let next = self.empty(head.wrapping_add(self.cells.len() as u64));
+                    let next = self.empty(at.wrapping_add(self.cells.len() as u64));
                     let _ = cell.compare_exchange(seen, next, Release, Relaxed);
                     crash_point!("lane.emptied");
-                    let _ = self.head.compare_exchange(head, head.wrapping_add(1), Relaxed, Relaxed);
+                    at = self.pass(self.head, &mut head, at);
                     crash_point!("lane.taken");
                     if claimed {
+                        self.taken = Last { counter: head, at };
                         return Some(hint);
                     }
                 }
-                // Somebody emptied this cell and has not moved the head, or no longer can: help.
-                Cell::Newer => {
-                    let _ = self.head.compare_exchange(head, head.wrapping_add(1), Relaxed, Relaxed);
-                }
+                Cell::Newer => at = self.pass(self.head, &mut head, at),
             }
             retry();
         }
@@ -217,54 +259,72 @@ impl<'a> Lane<'a> {
     /// Whether a taker would find nothing, stale hints aside.
     pub fn is_empty(&self) -> bool {
         let head = self.head.load(Relaxed);
-        // Acquire as in `take`; the caller of a look before sleeping has the doorbell's fence before it.
-        matches!(self.read(head, self.cell(head).load(Acquire)), Cell::Empty | Cell::Older | Cell::OlderFull)
+        let mut at = self.taken.begin(head);
+        // At most a line is used before the head is moved on. If it is more, others are taking: then there was something.
+        for _ in 0..=self.line() {
+            // Acquire as in `take`; the caller of a look before sleeping has the doorbell's fence before it.
+            match self.read(at, self.cell(at).load(Acquire)) {
+                Cell::Empty | Cell::Older | Cell::OlderFull => return true,
+                Cell::Full(_) => return false,
+                Cell::Newer => at = at.wrapping_add(1),
+            }
+        }
+        false
     }
 
     /// Whether its words fit together, as they do whatever died or is going on here, unless somebody scribbled over them:
-    /// what lies between head and tail was pushed, and what lies behind is not left over.
+    /// what was pushed and not emptied lies together, and head and tail are not more than a line behind where it begins and ends.
     pub fn is_sound(&self) -> bool {
-        let counters = || (self.head.load(Relaxed), self.tail.load(Relaxed));
-        // Who is kept from its core for laps while it looks, sees what does not fit together: it looks again. What changes all
-        // the time is in use.
+        let mut before = None;
+        // What others change meanwhile may not fit together: look again. What changes all the time is in use.
         for _ in 0..4 {
-            let before = counters();
-            if self.fits(before) {
+            let (fits, seen) = self.look();
+            if fits {
                 return true;
             }
-            if counters() == before {
+            if before.replace(seen) == Some(seen) {
                 return false;
             }
         }
         true
     }
 
-    fn fits(&self, (head, tail): (u64, u64)) -> bool {
+    /// Whether the words fit together as they were read, one after the other; and what they were, in one number.
+    fn look(&self) -> (bool, u64) {
+        let (head, tail) = (self.head.load(Relaxed), self.tail.load(Relaxed));
         // On processors that reorder loads a cell may still look older than the counters: then a lane in good order is emptied,
         // and the fronts push their hints again.
         fence(SeqCst);
-        let cells = self.cells.len() as i64;
-        let held = tail.wrapping_sub(head) as i64;
-        let fits = |ahead: i64, seen| match self.read(head.wrapping_add_signed(ahead), seen) {
-            // Its pusher had seen that tail or moves it; and it has not come round, for the cell was not emptied.
-            Cell::Full(_) => (ahead..=ahead + cells).contains(&held),
-            Cell::Empty => held <= ahead,
-            Cell::Newer | Cell::OlderFull | Cell::Older => false,
+        // FNV-1a, by words.
+        let mix = |seen: u64, word: u64| (seen ^ word).wrapping_mul(0x0100_0000_01b3);
+        let mut seen = mix(mix(0xcbf2_9ce4_8422_2325, head), tail);
+        let mut read = |position| {
+            let word = self.cell(position).load(Acquire);
+            seen = mix(seen, word);
+            // What nobody writes is nothing that anybody left.
+            if word & FULL == 0 && word & (FULL - 1) != 0 { Cell::Older } else { self.read(position, word) }
         };
-        // The tail is behind the head if the last hint was taken and its pusher has not moved the tail, or no longer can.
-        held >= -1
-            && (0..cells).all(|ahead| {
-                let seen = self.cell(head.wrapping_add_signed(ahead)).load(Acquire);
-                // Who emptied the first has not moved the head, or no longer can; and it may be in use again.
-                fits(ahead, seen) || ahead == 0 && fits(cells, seen)
-            })
+        let is_used = |position: &u64| matches!(read(*position), Cell::Newer);
+        let first = (0..self.line()).map(|ahead| head.wrapping_add(ahead)).take_while(is_used).count() as u64;
+        let first = head.wrapping_add(first);
+        let (mut held, mut fits) = (0, true);
+        for ahead in 0..self.cells.len() as u64 {
+            match read(first.wrapping_add(ahead)) {
+                Cell::Full(_) if held == ahead => held += 1,
+                Cell::Empty => {}
+                _ => fits = false,
+            }
+        }
+        let behind = first.wrapping_add(held).wrapping_sub(tail);
+        (fits && behind <= self.line(), seen)
     }
 
     /// Empties it, whatever it says and whoever uses it meanwhile: what they push may be lost.
     pub fn reset(&self) {
         let cells = self.cells.len() as u64;
         // Counters that somebody has in hand right now must not fit again.
-        let start = self.tail.load(Relaxed).wrapping_add(8 * cells);
+        let newest = self.tail.load(Relaxed).max(self.head.load(Relaxed));
+        let start = newest.wrapping_add(8 * cells) & !(self.line() - 1);
         for position in (0..cells).map(|ahead| start.wrapping_add(ahead)) {
             self.cell(position).store(self.empty(position), Release);
         }

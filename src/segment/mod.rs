@@ -78,7 +78,7 @@ use pins::Pins;
 use view::{Access, View};
 
 /// Changes when the meaning of anything in the segment does.
-pub const ABI: u32 = 4;
+pub const ABI: u32 = 5;
 const MAGIC: u64 = u64::from_le_bytes(*b"forkring");
 const DIRECTORY: &str = "/dev/shm";
 

@@ -209,9 +209,9 @@ impl Copy {
         let mut faults = self.faults();
         faults.extend(self.in_use().iter().map(|(item, word)| format!("item {item}, id {}: {word:?}", self.id(*item))));
         for lane in 0..self.pools * PRIORITIES {
-            let (head, tail) = self.lane_ends(lane);
-            if head != tail {
-                faults.push(format!("lane {lane} holds {} hints", tail.wrapping_sub(head)));
+            let (_, held) = self.lane_extent(lane);
+            if held > 0 {
+                faults.push(format!("lane {lane} holds {held} hints"));
             }
         }
         faults
@@ -222,30 +222,48 @@ impl Copy {
         (self.u64(at), self.u64(at + BLOCK))
     }
 
-    /// From head to tail the cells are full at their lap, from there on they are empty at theirs; and a hint to an item
-    /// that is READY is in the lane that the item's word names.
+    /// The cell of a position: whether it is full, and by how many laps it is ahead.
+    fn lane_cell(&self, lane: u64, position: u64) -> (u64, bool, u64) {
+        let cells = self.lanes + lane * self.lane_stride() + 2 * BLOCK;
+        let cell = self.u64(cells + 8 * (position & (self.lane_cells - 1)));
+        let ahead = (cell >> 49).wrapping_sub(position / self.lane_cells) & 0x7fff;
+        (cell, cell >> 48 & 1 == 1, ahead)
+    }
+
+    /// The position of a lane's first hint, if it has any, and how many there are. What the head's line has before it was
+    /// emptied.
+    fn lane_extent(&self, lane: u64) -> (u64, u64) {
+        let (head, _) = self.lane_ends(lane);
+        let line = self.lane_cells.min(8);
+        let used = (head..head + line).take_while(|&position| self.lane_cell(lane, position).2 == 1).count() as u64;
+        let first = head + used;
+        let is_held = |position: &u64| matches!(self.lane_cell(lane, *position), (_, true, 0));
+        (first, (first..first + self.lane_cells).take_while(is_held).count() as u64)
+    }
+
+    /// From the first hint to the last the cells are full at their lap, from there on they are empty at theirs; head and tail
+    /// are at most a line behind; and a hint to an item that is READY is in the lane that the item's word names.
     fn check_lanes(&self, faults: &mut Vec<String>) {
         let mut hinted = vec![false; self.items as usize];
         for lane in 0..self.pools * PRIORITIES {
-            let cells = self.lanes + lane * self.lane_stride() + 2 * BLOCK;
+            let (first, held) = self.lane_extent(lane);
             let (head, tail) = self.lane_ends(lane);
-            if tail.wrapping_sub(head) > self.lane_cells {
-                faults.push(format!("lane {lane} has its head at {head} and its tail at {tail}"));
-                continue;
+            let end = first + held;
+            if end.wrapping_sub(tail) > self.lane_cells.min(8) {
+                faults.push(format!("lane {lane} ends at {end}, and has its head at {head} and its tail at {tail}"));
             }
-            for ahead in 0..self.lane_cells {
-                let position = head.wrapping_add(ahead);
-                let cell = self.u64(cells + 8 * (position & (self.lane_cells - 1)));
-                let lap = (position / self.lane_cells) & 0x7fff;
-                let full = ahead < tail.wrapping_sub(head);
-                if (cell >> 49, cell >> 48 & 1 == 1) != (lap, full) {
-                    let is = if full { "full" } else { "empty" };
-                    faults.push(format!("lane {lane}, position {position}: {cell:#x} is not {is} at lap {lap}"));
+            for position in end..first + self.lane_cells {
+                let (cell, full, ahead) = self.lane_cell(lane, position);
+                if full || ahead != 0 {
+                    faults.push(format!("lane {lane}, position {position}: {cell:#x} is not empty at its lap"));
                 }
+            }
+            for position in first..end {
+                let (cell, ..) = self.lane_cell(lane, position);
                 let (generation, item) = (cell >> 20 & 0xfff_ffff, cell & 0xf_ffff);
-                if full && item >= self.items {
+                if item >= self.items {
                     faults.push(format!("lane {lane} leads to item {item} of {}", self.items));
-                } else if full {
+                } else {
                     let word = self.word(item);
                     hinted[item as usize] |= (word.phase, word.generation, word.lane) == (READY, generation, lane);
                 }

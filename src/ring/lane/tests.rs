@@ -45,7 +45,7 @@ fn hint(index: u32) -> Hint {
 #[test]
 fn first_in_first_out_and_full_at_capacity() {
     let memory = Memory::new(4);
-    let lane = memory.lane();
+    let mut lane = memory.lane();
     for round in 0..100 {
         for i in 0..4 {
             lane.push(hint(round * 4 + i)).unwrap();
@@ -63,7 +63,7 @@ fn first_in_first_out_and_full_at_capacity() {
 #[test]
 fn refused_hints_are_removed() {
     let memory = Memory::new(4);
-    let lane = memory.lane();
+    let mut lane = memory.lane();
     for i in 0..4 {
         lane.push(hint(i)).unwrap();
     }
@@ -76,7 +76,7 @@ fn refused_hints_are_removed() {
 fn the_lap_counter_and_the_positions_wrap() {
     for start in [u64::MAX - 5, (LAP_MASK << 2) - 6] {
         let memory = Memory::at(4, start & !3);
-        let lane = memory.lane();
+        let mut lane = memory.lane();
         let mut model = VecDeque::new();
         for i in 0..64 {
             lane.push(hint(i)).unwrap();
@@ -88,18 +88,51 @@ fn the_lap_counter_and_the_positions_wrap() {
     }
 }
 
+/// Also by a view that was here when they lived.
 #[test]
 fn a_dead_pusher_or_taker_is_helped() {
-    let memory = Memory::new(4);
-    let lane = memory.lane();
-    // A pusher died between the cell and the tail.
-    memory.cells[0].store(lane.full(0, hint(1)), Relaxed);
-    lane.push(hint(2)).unwrap();
-    assert_eq!(memory.tail.load(Relaxed), 2);
-    // A taker died between the cell and the head.
-    memory.cells[0].store(lane.empty(4), Relaxed);
-    assert_eq!(lane.take(|_| true), Some(hint(2)));
-    assert_eq!(memory.head.load(Relaxed), 2);
+    for was_here in [false, true] {
+        let memory = Memory::new(16);
+        let [mut pusher, mut taker] = [memory.lane(); 2];
+        let ends = || (memory.head.load(Relaxed), memory.tail.load(Relaxed));
+        if was_here {
+            (0..3).for_each(|i| pusher.push(hint(i)).unwrap());
+            (0..2).for_each(|i| assert_eq!(taker.take(|_| true), Some(hint(i))));
+        }
+        // A pusher died behind the last cell of a line, before it moved the tail.
+        for at in if was_here { 3..8 } else { 0..8 } {
+            memory.cells[at as usize].store(pusher.full(at, hint(at as u32)), Relaxed);
+        }
+        assert_eq!(ends(), (0, 0));
+        pusher.push(hint(8)).unwrap();
+        assert_eq!(ends(), (0, 8));
+        // A taker died there, before it moved the head.
+        for at in 0..8 {
+            memory.cells[at as usize].store(taker.empty(at + 16), Relaxed);
+        }
+        assert!(!taker.is_empty());
+        assert_eq!(taker.take(|_| true), Some(hint(8)));
+        assert_eq!(ends(), (8, 8));
+        assert!(taker.is_empty() && taker.is_sound());
+    }
+}
+
+/// Where a view was last is where it goes on, unless others are elsewhere by now.
+#[test]
+fn views_of_one_lane_take_turns() {
+    let memory = Memory::new(16);
+    let mut views = [memory.lane(); 3];
+    for i in 0..200u32 {
+        let [first, second, third] = &mut views;
+        first.push(hint(2 * i)).unwrap();
+        if i % 3 == 0 { &mut *first } else { &mut *second }.push(hint(2 * i + 1)).unwrap();
+        let by_turns = if i % 11 < 5 { second } else { third };
+        assert_eq!(by_turns.take(|_| true), Some(hint(2 * i)), "{i}");
+        assert!(!first.is_empty());
+        let other = if i % 7 < 3 { first } else { by_turns };
+        assert_eq!(other.take(|_| true), Some(hint(2 * i + 1)), "{i}");
+        assert!(views.iter().all(Lane::is_empty) && memory.lane().is_sound(), "{i}");
+    }
 }
 
 /// Numbers of a kind that scribbling leaves: any at all, and some that look like something.
@@ -125,7 +158,7 @@ fn garbage_is_survived_and_mended() {
         let mut random = garbage(seed);
         let cells = 2 << (seed % 4);
         let memory = Memory::new(cells);
-        let lane = memory.lane();
+        let mut lane = memory.lane();
         for i in 0..seed as u32 % 100 {
             let _ = lane.push(hint(i));
             if i % 3 > 0 {
@@ -160,14 +193,14 @@ fn garbage_is_survived_and_mended() {
 #[test]
 fn what_was_scribbled_over_shows() {
     let memory = Memory::new(8);
-    let lane = memory.lane();
+    let mut lane = memory.lane();
     for i in 0..20 {
         lane.push(hint(i)).unwrap();
         if i >= 4 {
             lane.take(|_| true);
         }
     }
-    assert_eq!((memory.head.load(Relaxed), memory.tail.load(Relaxed)), (16, 20));
+    assert_eq!((memory.head.load(Relaxed), memory.tail.load(Relaxed)), (16, 16));
     for (at, word) in [&memory.head, &memory.tail].into_iter().chain(&memory.cells).enumerate() {
         for bad in [0, u64::MAX, 0x5555_5555_5555_5555, FULL] {
             let good = word.swap(bad, Relaxed);
@@ -178,53 +211,56 @@ fn what_was_scribbled_over_shows() {
     }
 }
 
-/// What those leave that die between two steps is no damage.
+/// What those leave that die between two steps is no damage; anything else is.
 #[test]
 fn a_lane_in_which_somebody_died_is_sound() {
-    for cells in [1, 4] {
-        let at = 5 * cells as u64;
-        let memory = Memory::at(cells, at);
-        let lane = memory.lane();
-        // A pusher died before it moved the tail.
-        memory.cells[0].store(lane.full(at, hint(0)), Relaxed);
-        assert!(lane.is_sound());
-        // Its hint was taken.
-        memory.cells[0].store(lane.empty(at + cells as u64), Relaxed);
-        memory.head.store(at + 1, Relaxed);
-        assert!(lane.is_sound());
-        // Nobody died, or a taker did before it moved the head; and others push until there is no room.
-        memory.tail.store(at + 1, Relaxed);
-        for head in [at + 1, at] {
-            memory.head.store(head, Relaxed);
-            let mut pushed = 0;
-            while lane.push(hint(pushed)).is_ok() {
-                pushed += 1;
-                assert!(lane.is_sound(), "{cells} cells, {pushed} in use");
+    for cells in [1, 4, 8, 32] {
+        let line = cells.min(LINE as u64);
+        for (used, held) in (0..=line).flat_map(|used| (0..=cells).map(move |held| (used, held))) {
+            let head = 5 * cells;
+            let memory = Memory::at(cells as usize, head);
+            let lane = memory.lane();
+            let (first, end) = (head + used, head + used + held);
+            for position in first..first + cells {
+                let holds = position < end;
+                let cell = if holds { lane.full(position, hint(position as u32)) } else { lane.empty(position) };
+                lane.cell(position).store(cell, Relaxed);
             }
-            memory.tail.fetch_sub(1, Relaxed);
-            assert!(lane.is_sound(), "and the last pusher died before it moved the tail");
-            memory.tail.fetch_add(1, Relaxed);
-            assert!(lane.is_sound());
-        }
-        for i in 0..cells as u32 {
-            assert_eq!(lane.take(|_| true), Some(hint(i)));
+            for behind in 0..=line + 1 {
+                memory.tail.store(end - behind, Relaxed);
+                assert_eq!(lane.is_sound(), behind <= line, "{cells} cells, {used} used, {held} held, {behind} behind");
+            }
+            memory.tail.store(end + 1, Relaxed);
+            assert!(!lane.is_sound());
+            memory.tail.store(end - line, Relaxed);
+            let mut lane = memory.lane();
+            for i in held..cells {
+                lane.push(hint((first + i) as u32)).unwrap();
+            }
+            assert_eq!(lane.push(hint(0)), Err(Full));
+            for position in first..first + cells {
+                assert!(lane.is_sound() && !lane.is_empty());
+                assert_eq!(lane.take(|_| true), Some(hint(position as u32)), "{cells} cells, {used} used, {held} held");
+            }
+            assert!(lane.is_empty());
         }
     }
 }
 
-/// So a lane that is left as it is after a death has lost nothing but what was written over, by another hint or by what a
-/// taker of it would have left.
+/// So a lane that is left as it is after a death has lost nothing but what was written over, by another hint or by what would
+/// be there if it had been taken, or never pushed.
 #[test]
 fn a_lane_that_is_sound_leads_to_every_hint() {
     let mut sound = 0;
     for seed in 0..if cfg!(miri) { 50 } else { 50_000 } {
         let mut random = garbage(seed);
         let mut below = |n: u64| random() % n;
-        let cells = 1 << below(4);
-        let start = [0, cells * 5, LAP_MASK * cells, u64::MAX - 20 * cells + 1][below(4) as usize];
+        let cells = 1 << below(6);
+        let start = [cells * 8, cells * 5, LAP_MASK * cells, u64::MAX - 20 * cells + 1][below(4) as usize];
         let memory = Memory::at(cells as usize, start);
-        let lane = memory.lane();
-        for i in 0..below(30) as u32 {
+        let mut lane = memory.lane();
+        let used = below(30);
+        for i in 0..used as u32 {
             lane.push(hint(i)).unwrap();
             lane.take(|_| true);
         }
@@ -241,21 +277,27 @@ fn a_lane_that_is_sound_leads_to_every_hint() {
             _ => good.wrapping_add(below(4) << LAP_SHIFT).wrapping_add(below(3) * FULL),
         };
         word.store(bad, Relaxed);
-        let head = memory.head.load(Relaxed);
-        let emptied = lane.read(head.wrapping_add(cells), bad);
-        let is_as_if_taken = std::ptr::eq(word, lane.cell(head)) && matches!(emptied, Cell::Empty);
-        if !lane.is_sound() || is_as_if_taken {
+        let first = start.wrapping_add(used);
+        let last = first.wrapping_add(u64::from(held)).wrapping_sub(1);
+        let is = |position: u64, cell: u64| std::ptr::eq(word, lane.cell(position)) && bad == cell;
+        let is_as_if_taken = is(first, lane.empty(first.wrapping_add(cells)));
+        let is_as_if_not_pushed = is(last, lane.empty(last));
+        if !lane.is_sound() || is_as_if_taken || is_as_if_not_pushed {
             continue;
         }
         sound += 1;
         let what = format!("seed {seed}, {cells} cells, {held} in use, {good:x} became {bad:x}");
-        let drain = || std::iter::from_fn(|| lane.take(|_| true)).collect::<Vec<_>>();
-        let taken = drain();
+        // Whoever was here, or comes.
+        if seed % 2 == 0 {
+            lane = memory.lane();
+        }
+        let drain = |lane: &mut Lane<'_>| std::iter::from_fn(|| lane.take(|_| true)).collect::<Vec<_>>();
+        let taken = drain(&mut lane);
         let missing = (0..held).filter(|i| !taken.contains(&hint(*i))).count();
         assert!(taken.len() >= held as usize && missing <= 1, "{what}: {taken:?}");
         for i in 0..3 * cells as u32 {
             lane.push(hint(i)).unwrap();
-            assert!(drain().contains(&hint(i)), "{what}, and then");
+            assert!(drain(&mut lane).contains(&hint(i)), "{what}, and then");
         }
     }
     assert!(sound > 0, "all of it showed");
@@ -266,7 +308,7 @@ fn a_lane_that_is_sound_leads_to_every_hint() {
 fn counters_that_were_set_back_are_helped_on() {
     const CELLS: u64 = if cfg!(miri) { 64 } else { 4096 };
     let memory = Memory::at(CELLS as usize, 8 * CELLS);
-    let lane = memory.lane();
+    let mut lane = memory.lane();
     (0..2).for_each(|i| lane.push(hint(i)).unwrap());
     memory.tail.store(6 * CELLS, Relaxed);
     memory.head.store(6 * CELLS, Relaxed);
@@ -281,7 +323,7 @@ fn counters_that_were_set_back_are_helped_on() {
 #[test]
 fn counters_that_say_full_do_not_close_an_empty_lane() {
     let memory = Memory::at(4, 8);
-    let lane = memory.lane();
+    let mut lane = memory.lane();
     memory.tail.store(12, Relaxed);
     assert!(!lane.is_sound());
     for i in 0..4 {
@@ -297,7 +339,7 @@ fn counters_that_say_full_do_not_close_an_empty_lane() {
 fn what_was_begun_before_a_reset_fails_after_it() {
     for (cells, start) in [(4, 0), (4, 1003), (16, 4711), (16, u64::MAX - 40)] {
         let memory = Memory::at(cells, start);
-        let lane = memory.lane();
+        let mut lane = memory.lane();
         for i in 0..7 {
             lane.push(hint(i)).unwrap();
             lane.take(|_| i < 5);
@@ -318,7 +360,7 @@ fn what_was_begun_before_a_reset_fails_after_it() {
 #[test]
 fn a_left_over_cell_does_not_close_the_lane() {
     let memory = Memory::at(4, 8);
-    let lane = memory.lane();
+    let mut lane = memory.lane();
     memory.cells[2].store(lane.full(6, hint(7)), Relaxed);
     memory.cells[3].store(lane.empty(3), Relaxed);
     for i in 0..4 {
