@@ -1,6 +1,9 @@
 """A long run leaves nothing behind, in the workers nor in the front.
 
-`FORKRING_TEST_ITEMS=1000000` is how many items, over and above those that are needed to make what is made once.
+What leaks grows in each round. What is kept for reuse grows once, to the most that was ever needed at a time, and when that is
+depends on who was scheduled when; so of several rounds, one without growth is enough.
+
+`FORKRING_TEST_ITEMS=1000000` is how many items a round has.
 """
 
 import json
@@ -10,6 +13,7 @@ import threading
 from pathlib import Path
 
 ITEMS = int(os.environ.get("FORKRING_TEST_ITEMS", 24_000))
+ROUNDS = 6
 WINDOW = 64
 SIZES = [0, 10, 64, 65, 3000, 20_000, 100_000]
 
@@ -61,15 +65,21 @@ def test_a_long_run_leaves_nothing_behind(serve):
     app = serve("flat=flat.py:handle", quiet=False)
     run(app, 8000)
     said, before = look(app)
-    failed = run(app, ITEMS)
-    assert failed == ITEMS // 4
-    said_after, after = look(app)
-    print(f"{ITEMS} items; {said} -> {said_after}")
-    for name, (pid, memory, others) in before.items():
-        pid_after, memory_after, others_after = after[name]
-        print(f"{name}: {memory} KiB, {memory_after - memory} KiB more")
-        assert (pid_after, others_after) == (pid, others), name
-        # What the most at once took, and a byte for each item; the least object has 16.
-        assert memory_after - memory < 512 + ITEMS / 1024, f"{name} has {memory_after - memory} KiB more than before"
-    assert said_after["blocks"] - said["blocks"] < 100
-    assert said_after["mappings"] <= said["mappings"] + 5
+    growing = set(before)
+    for _ in range(ROUNDS):
+        assert run(app, ITEMS) == ITEMS // 4
+        said_after, after = look(app)
+        print(f"{ITEMS} items; {said} -> {said_after}")
+        for name, (pid, memory, others) in before.items():
+            pid_after, memory_after, others_after = after[name]
+            print(f"{name}: {memory} KiB, {memory_after - memory} KiB more")
+            assert (pid_after, others_after) == (pid, others), name
+            # Half of the least object for each item.
+            if memory_after - memory <= ITEMS * 8 // 1024:
+                growing.discard(name)
+        assert said_after["blocks"] - said["blocks"] < 100
+        assert said_after["mappings"] <= said["mappings"] + 5
+        if not growing:
+            return
+        said, before = said_after, after
+    raise AssertionError(f"{growing} had more memory after each of {ROUNDS} rounds")
