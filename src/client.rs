@@ -335,6 +335,10 @@ impl fmt::Display for v1::Status {
 
 #[cfg(test)]
 mod tests {
+    use std::net::SocketAddr;
+
+    use socket2::{Domain, Socket, Type};
+
     use super::*;
 
     #[test]
@@ -352,8 +356,10 @@ mod tests {
     #[test]
     fn nobody_there_is_one_line_that_says_what_to_do() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-        // Bound and dropped: a port that nobody listens on.
-        let addr = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").to_string();
+        // Bound, so that nobody else has it meanwhile, and not listened on.
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
+        let addr = socket.local_addr().expect("a port").as_socket().expect("an address").to_string();
         let error = runtime.block_on(Client::connect(&addr)).expect_err("nobody listens").to_string();
         let wanted = format!("cannot reach {addr}: Connection refused (os error 111); is `forkring serve` running?");
         assert_eq!(error, wanted);

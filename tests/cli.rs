@@ -4,6 +4,7 @@ mod common;
 
 use std::{
     fs,
+    net::SocketAddr,
     os::unix::process::CommandExt as _,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -19,6 +20,7 @@ use common::{
 };
 use nix::sys::signal::Signal;
 use sha2::{Digest as _, Sha256};
+use socket2::{Domain, Socket, Type};
 
 #[test]
 fn call_prints_each_result_as_it_is() {
@@ -213,8 +215,10 @@ fn a_reader_that_has_enough_is_no_error() {
 #[test]
 fn a_server_that_is_not_there_is_one_line() {
     run(async {
-        // A port that was free a moment ago.
-        let addr = std::net::TcpListener::bind("127.0.0.1:0").and_then(|l| l.local_addr()).expect("a port").to_string();
+        // A port that nobody else can have meanwhile, and on which nobody listens.
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
+        let addr = socket.local_addr().expect("a port").as_socket().expect("an address").to_string();
         for command in ["call x", "submit x", "updates", "bench --count 1"] {
             let args: Vec<_> = command.split(' ').chain(["--addr", &addr]).collect();
             program::run(&args, b"").await.assert_failed(1, &format!("cannot reach {addr}: Connection refused"));
@@ -308,10 +312,18 @@ fn the_demo_checks_every_digest() {
 #[test]
 fn a_demo_that_is_ended_leaves_nothing() {
     run(async {
+        // Some 40 GB of zeros, which take longer than anything here may, where it looks if no folder is named.
+        let files = Files::new();
+        let sources = files.path("registry/src");
+        fs::create_dir_all(&sources).expect("a folder");
+        fs::File::create(sources.join("0")).and_then(|file| file.set_len(4 << 20)).expect("a file");
+        for n in 1..10_000 {
+            fs::hard_link(sources.join("0"), sources.join(n.to_string())).expect("a link");
+        }
         for by in [Signal::SIGINT, Signal::SIGTERM, Signal::SIGKILL] {
-            // What it hashes by default is more than it can do in the time that this takes.
             let mut command = forkring();
-            command.args(["demo", "--workers", "1", "--max-message", "64KiB"]).process_group(0);
+            command.args(["demo", "--workers", "1", "--max-message", "5MiB"]);
+            command.env("CARGO_HOME", files.path("")).process_group(0);
             let mut demo = Killed::start(command.stdout(Stdio::null()).stderr(Stdio::null()));
             let pid = demo.0.id();
             let server = until("its server", || children(pid as i32).into_iter().next()).await.pid;

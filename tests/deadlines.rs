@@ -5,7 +5,7 @@ mod common;
 use std::time::Duration;
 
 use common::{
-    Files, Server, assert_refused, assert_serves, failure,
+    Files, Server, assert_refused, assert_serves, failure, in_time,
     raw::{Raw, framed},
     refusal, run, soon,
 };
@@ -144,12 +144,12 @@ fn a_handler_at_work_finds_out_that_nobody_waits() {
         let ended = async |name| assert_eq!(files.lines_of(name, 2).await, ["began", "cancelled"], "{name}");
 
         // Long enough that it begins, and no longer.
-        let mut long = SHORT;
-        while files.lines("timeout").is_empty() {
-            long *= 2;
-            let refused = refusal(soon("an answer", client.call(item("timeout").with_timeout(long))).await);
+        in_time(SHORT, async |time| {
+            let refused = refusal(soon("an answer", client.call(item("timeout").with_timeout(time))).await);
             assert_refused(refused, EXPIRED, "the item's deadline has passed");
-        }
+            (!files.lines("timeout").is_empty()).then_some(())
+        })
+        .await;
         ended("timeout").await;
 
         let call = spawn_call(&client, item("dropped"));
@@ -164,10 +164,14 @@ fn a_handler_at_work_finds_out_that_nobody_waits() {
         raw.cut();
         ended("cut").await;
 
-        let mut results = client.process(tokio_stream::iter([item("stream timeout").with_timeout(10 * long)])).await;
-        let results = results.as_mut().expect("a stream");
-        let result = soon("a result", results.message()).await.expect("a stream").expect("a result");
-        assert_refused(failure(result), EXPIRED, "the item's deadline has passed");
+        in_time(SHORT, async |time| {
+            let late = [item("stream timeout").with_timeout(time)];
+            let mut results = client.process(tokio_stream::iter(late)).await.expect("a stream");
+            let result = soon("a result", results.message()).await.expect("a stream").expect("a result");
+            assert_refused(failure(result), EXPIRED, "the item's deadline has passed");
+            (!files.lines("stream timeout").is_empty()).then_some(())
+        })
+        .await;
         ended("stream timeout").await;
 
         let results = client.process(tokio_stream::iter([item("stream dropped")])).await.expect("a stream");
@@ -176,13 +180,17 @@ fn a_handler_at_work_finds_out_that_nobody_waits() {
         ended("stream dropped").await;
 
         // A submitted item has nobody who could go away, but it has a deadline.
-        let submitted = [item("submitted").with_timeout(10 * long)];
-        assert_eq!(client.submit(tokio_stream::iter(submitted)).await.expect("a receipt").accepted, 1);
+        in_time(SHORT, async |time| {
+            let submitted = [item("submitted").with_timeout(time)];
+            assert_eq!(client.submit(tokio_stream::iter(submitted)).await.expect("a receipt").accepted, 1);
+            let mut updates = soon("a stream", client.updates("", 1)).await.expect("a stream");
+            let result = soon("an update", updates.message()).await.expect("a stream").expect("an update");
+            assert_eq!(result.attempts, 1);
+            assert_refused(failure(result), EXPIRED, "the item's deadline has passed");
+            (!files.lines("submitted").is_empty()).then_some(())
+        })
+        .await;
         ended("submitted").await;
-        let mut updates = soon("a stream", client.updates("", 1)).await.expect("a stream");
-        let result = soon("an update", updates.message()).await.expect("a stream").expect("an update");
-        assert_eq!(result.attempts, 1);
-        assert_refused(failure(result), EXPIRED, "the item's deadline has passed");
         server.drain().await;
     });
 }

@@ -7,11 +7,9 @@ use std::time::{Duration, Instant};
 #[cfg(feature = "crash-points")]
 use std::{fs::File, os::unix::fs::FileExt as _};
 
-#[cfg(feature = "crash-points")]
-use common::processes::is_stopped;
 use common::{
     Files, Server, assert_refused, assert_serves,
-    processes::signal,
+    processes::{is_stopped, signal},
     raw::{Raw, framed},
     refusal, run,
     server::{serve_command, unique_name},
@@ -218,27 +216,41 @@ fn nothing_new_is_taken() {
 #[test]
 fn clients_that_say_nothing_cannot_hold_it_up() {
     run(async {
-        // Less than any of the patience that the server has with such clients.
-        let mut server = Server::serve(&["--pool", "echo=echo", "--grace", "8s", "--body-timeout", "1h"]).await;
-        let silent = TcpStream::connect(&server.addr).await.expect("a connection");
-        let mut hesitant = TcpStream::connect(&server.addr).await.expect("a connection");
-        hesitant.write_all(b"PRI * HTTP").await.expect("room in the socket");
-        let mut idle = TcpStream::connect(&server.addr).await.expect("a connection");
-        idle.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.expect("room in the socket");
-        let mut raw = Raw::connect(&server).await;
-        let mut halves = Vec::new();
-        for method in ["Call", "Process", "Submit", "GetUpdates"] {
-            let mut half = raw.begin(method, &[]).await;
-            half.body.send_data("\0\0\0".into(), false).expect("an open stream");
-            halves.push(half);
+        // Less than any of the patience that the server has with such clients; the grace period is more than that. On a machine
+        // that is slow just then it is tried again.
+        const BEFORE: Duration = Duration::from_secs(8);
+        for _ in 0..5 {
+            if drain_with_silent_clients().await < BEFORE {
+                return;
+            }
         }
-        assert_serves(&server.client().await, "echo").await;
-        let family = server.family(1).await;
-        server.signal(Signal::SIGTERM);
-        let status = server.ended().await;
-        server.assert_drained(status, &family);
-        drop((silent, hesitant, idle, halves));
+        panic!("each time it took longer than {BEFORE:?}");
     });
+}
+
+/// How long that takes.
+async fn drain_with_silent_clients() -> Duration {
+    let mut server = Server::serve(&["--pool", "echo=echo", "--grace", "20s", "--body-timeout", "1h"]).await;
+    let silent = TcpStream::connect(&server.addr).await.expect("a connection");
+    let mut hesitant = TcpStream::connect(&server.addr).await.expect("a connection");
+    hesitant.write_all(b"PRI * HTTP").await.expect("room in the socket");
+    let mut idle = TcpStream::connect(&server.addr).await.expect("a connection");
+    idle.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.expect("room in the socket");
+    let mut raw = Raw::connect(&server).await;
+    let mut halves = Vec::new();
+    for method in ["Call", "Process", "Submit", "GetUpdates"] {
+        let mut half = raw.begin(method, &[]).await;
+        half.body.send_data("\0\0\0".into(), false).expect("an open stream");
+        halves.push(half);
+    }
+    assert_serves(&server.client().await, "echo").await;
+    let family = server.family(1).await;
+    let begin = Instant::now();
+    server.signal(Signal::SIGTERM);
+    let status = server.ended().await;
+    server.assert_drained(status, &family);
+    drop((silent, hesitant, idle, halves));
+    begin.elapsed()
 }
 
 #[test]
@@ -279,25 +291,35 @@ fn a_second_signal_ends_it_at_once() {
 #[test]
 fn signals_that_come_at_once_are_one() {
     run(async {
-        let files = Files::new();
-        let mut server = Server::handlers(&["hold"], "").await;
-        let family = server.family(1).await;
-        let client = server.client().await;
-        let call = tokio::spawn({
-            let item = files.holding(1, "go");
-            async move { client.call(item).await }
-        });
-        files.began(1).await;
-        // Seen together, however slow the machine is.
-        server.signal(Signal::SIGSTOP);
-        for number in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCONT] {
-            server.signal(number);
+        // Between its looks at the one and at the other the server may be kept waiting, and then they are two.
+        for _ in 0..20 {
+            let files = Files::new();
+            let mut server = Server::handlers(&["hold"], "").await;
+            let family = server.family(1).await;
+            let client = server.client().await;
+            let call = tokio::spawn({
+                let item = files.holding(1, "go");
+                async move { client.call(item).await }
+            });
+            files.began(1).await;
+            // Both are there when it looks.
+            server.signal(Signal::SIGSTOP);
+            until("the server to stop", || is_stopped(server.pid()).then_some(())).await;
+            for number in [Signal::SIGTERM, Signal::SIGINT, Signal::SIGCONT] {
+                server.signal(number);
+            }
+            server.logged("draining").await;
+            files.make("go");
+            let answer = soon("an answer", call).await.expect("a task");
+            let status = server.ended().await;
+            if server.log().contains("a second signal") {
+                continue;
+            }
+            answer.expect("a result");
+            server.assert_drained(status, &family);
+            return;
         }
-        server.logged("draining").await;
-        files.make("go");
-        soon("an answer", call).await.expect("a task").expect("a result");
-        let status = server.ended().await;
-        server.assert_drained(status, &family);
+        panic!("each time they were two");
     });
 }
 

@@ -5,7 +5,7 @@ mod common;
 use std::{fs, time::Duration};
 
 use common::{
-    Files, Server, assert_refused,
+    Files, Server, assert_refused, in_time,
     processes::{is_alive, signal},
     refusal, run, soon, until,
 };
@@ -146,21 +146,24 @@ fn a_result_may_be_as_large_as_a_message() {
 fn a_program_whose_time_is_over_is_killed_with_all_that_it_started() {
     run(async {
         let files = Files::new();
-        // A child of its own, which has its stdout.
-        let command = format!("sh -c 'echo $$ >> {0}; sleep 1000 & echo $! >> {0}; wait'", files.name("pids"));
-        let (server, client) = serve(&command).await;
-        let item = || WorkItem::new("run", "");
+        // A child of its own, which has its stdout. Its item is where to tell of both.
+        let (server, client) = serve("sh -c 'read f; echo $$ >> $f; sleep 1000 & echo $! >> $f; wait'").await;
+        let item = |file: &str| WorkItem::new("run", files.name(file) + "\n");
         let expired = (Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
-        let answer = soon("an answer", client.call(item().with_timeout(Duration::from_millis(200)))).await;
-        assert_refused(refusal(answer), expired, "the item's deadline has passed");
-        gone(&pids(&files, "pids", 2).await).await;
+        let file = in_time(Duration::from_millis(200), async |time| {
+            let file = format!("{time:?}");
+            let answer = soon("an answer", client.call(item(&file).with_timeout(time))).await;
+            assert_refused(refusal(answer), expired, "the item's deadline has passed");
+            (files.lines(&file).len() == 2).then_some(file)
+        });
+        gone(&pids(&files, &file.await, 2).await).await;
 
         let call = tokio::spawn({
-            let client = client.clone();
-            async move { client.call(item()).await }
+            let (client, item) = (client.clone(), item("pids"));
+            async move { client.call(item).await }
         });
-        let programs = pids(&files, "pids", 4).await;
-        assert!(programs[2..].iter().all(|pid| is_alive(*pid)));
+        let programs = pids(&files, "pids", 2).await;
+        assert!(programs.iter().all(|pid| is_alive(*pid)));
         call.abort();
         gone(&programs).await;
         server.drain().await;
@@ -186,12 +189,19 @@ fn a_program_that_has_closed_its_output_is_killed_like_any_other() {
         gone(&programs).await;
         server.drain().await;
 
-        // A second for the program to begin, also on a slow machine.
-        let server = Server::serve(&["--pool", &pool, "--item-timeout", "1s", "--max-attempts", "1"]).await;
-        let answer = soon("an answer", server.client().await.call(WorkItem::new("run", ""))).await;
-        assert_refused(refusal(answer), (Code::DeadlineExceeded, "ITEM_TIMEOUT"), "in work for over 1s");
-        gone(&pids(&files, "pids", 4).await).await;
-        server.drain().await;
+        in_time(Duration::from_millis(500), async |time| {
+            let before = files.lines("pids").len();
+            let timeout = format!("{time:?}");
+            let server = Server::serve(&["--pool", &pool, "--item-timeout", &timeout, "--max-attempts", "1"]).await;
+            let answer = soon("an answer", server.client().await.call(WorkItem::new("run", ""))).await;
+            let says = format!("in work for over {timeout}");
+            assert_refused(refusal(answer), (Code::DeadlineExceeded, "ITEM_TIMEOUT"), &says);
+            let programs = pids(&files, "pids", before).await;
+            gone(&programs).await;
+            server.drain().await;
+            (programs.len() == before + 2).then_some(())
+        })
+        .await;
     });
 }
 
