@@ -165,7 +165,7 @@ impl<'s> Reply<'_, 's> {
             // Twice what is needed if that is to be had, so that many small writes copy little.
             let roomy = if start == 0 { end } else { end.saturating_mul(2).min(most) };
             if self.grow(roomy).is_none() {
-                self.reserve(end)?;
+                self.move_to_block(end, roomy)?;
             }
         }
         self.draft.len = end;
@@ -195,7 +195,7 @@ impl<'s> Reply<'_, 's> {
             return Ok(false);
         }
         if self.draft.block.is_none() {
-            self.move_to_block(self.draft.len)?;
+            self.move_to_block(self.draft.len, 0)?;
         }
         let Some(mut block) = self.draft.block.take() else { return Ok(false) };
         let mut output = self.output.borrow_mut();
@@ -247,16 +247,23 @@ impl<'s> Reply<'_, 's> {
         if len <= self.room() || self.grow(len).is_some() {
             return Ok(());
         }
-        self.move_to_block(len)
+        self.move_to_block(len, 0)
     }
 
-    /// Goes on in a new block with room for so many bytes, waiting for it if need be.
-    fn move_to_block(&mut self, len: usize) -> Result<(), ReplyError> {
+    /// Goes on in a new block with room for so many bytes, waiting for it if need be; or for `roomy` of them, if it need not wait
+    /// for that.
+    fn move_to_block(&mut self, len: usize, roomy: usize) -> Result<(), ReplyError> {
         // What was written so far may be what is in the way: it steps aside.
         let kept = self.bytes().to_vec();
         self.free_block();
         let written = std::mem::take(&mut self.draft.len);
-        let block = self.output.borrow_mut().allocate(self.lead() + len, &self.draft.target)?;
+        let (lead, mut output) = (self.lead(), self.output.borrow_mut());
+        let block = if roomy > len { output.try_allocate(lead + roomy, &self.draft.target) } else { None };
+        let block = match block {
+            Some(block) => block,
+            None => output.allocate(lead + len, &self.draft.target)?,
+        };
+        drop(output);
         self.draft.block = Some(block);
         self.draft.len = written;
         self.bytes().copy_from_slice(&kept);

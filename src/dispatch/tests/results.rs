@@ -115,6 +115,29 @@ fn a_result_may_be_as_large_as_it_may_be_and_no_larger() {
 }
 
 #[test]
+fn a_result_that_grows_is_moved_seldom_also_where_twice_as_much_does_not_fit_beside_it() {
+    let mut rig = rig("grows");
+    for kind in [Kind::Call, Kind::Submit, Kind::Stream] {
+        let claimed = rig.claim(kind, 1);
+        let mut reply = rig.workers[0].reply(&claimed, ALL - 2 * GRANULE as usize);
+        reply.write(&[1; ALL * 3 / 8]).unwrap();
+        let mut places = Vec::new();
+        for _ in 0..60 {
+            reply.write(&[2; 1024]).unwrap();
+            let len = reply.len();
+            places.push(reply.buffer(len).unwrap().as_ptr());
+        }
+        places.dedup();
+        assert!(places.len() <= 2, "{places:?}");
+        let written = reply.buffer(ALL * 3 / 8 + 60 * 1024).unwrap();
+        assert!(written.iter().enumerate().all(|(at, byte)| *byte == if at < ALL * 3 / 8 { 1 } else { 2 }));
+        reply.complete(claimed, 0, 0, 0);
+        drop(reply);
+        rig.collect();
+    }
+}
+
+#[test]
 fn the_memory_of_a_result_is_its_until_it_is_released() {
     let mut rig = rig("lent");
     rig.finish(Kind::Call, 1, 1000);
