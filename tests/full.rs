@@ -4,9 +4,14 @@ mod common;
 
 use std::{collections::BTreeSet, time::Duration};
 
-use common::{Files, Server, assert_refused, assert_serves, processes, refusal, run, soon};
+use common::{
+    Files, Server, assert_refused, assert_serves, processes, refusal, run,
+    server::{forkring, unique_name},
+    skip, soon,
+};
 use forkring::{client::Results, proto::v1::WorkItem};
 use nix::sys::signal::Signal;
+use prost::Message as _;
 use tokio::{sync::mpsc, task::JoinSet};
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
@@ -114,6 +119,53 @@ fn a_call_that_the_arena_has_no_room_for_is_refused() {
         assert_eq!(next_id(&mut results).await, 3);
         soon("an answer", held).await.expect("a task").expect("a result");
         soon("an answer", client.call(large(4))).await.expect("room again");
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_message_may_be_as_large_as_it_is_said_and_no_larger() {
+    run(async {
+        // The default settings, as they are.
+        const MAX: usize = 64 << 20;
+        let (name, parent) = (unique_name(), std::process::id().to_string());
+        let mut command = forkring();
+        command.args([
+            "serve",
+            "--listen",
+            "127.0.0.1:0",
+            "--name",
+            &name,
+            "--parent",
+            &parent,
+            "--pool",
+            "echo:1=echo",
+        ]);
+        for (pool, bytes) in [("most", MAX), ("more", MAX + 1)] {
+            command.args(["--pool", &format!("{pool}:1=exec:head -c {bytes} /dev/zero")]);
+        }
+        let server = match Server::try_start(name, command, Files::new()).await {
+            Ok(server) => server,
+            Err(ended) => {
+                assert!(ended.log().contains("/dev/shm is too small"), "{}", ended.log());
+                return skip("no room in /dev/shm for a server with the default settings");
+            }
+        };
+        let client = server.client().await;
+        let mut item = WorkItem::new("echo", vec![7; MAX]).with_id(1);
+        item.payload = item.payload.slice(item.encoded_len() - MAX..);
+        assert_eq!(item.encoded_len(), MAX);
+        let result = soon("an answer", client.call(item.clone())).await.expect("a result");
+        assert!(result.payload == item.payload);
+        item.payload = vec![7; item.payload.len() + 1].into();
+        let refused = refusal(soon("an answer", client.call(item)).await);
+        assert_refused(refused, (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"), "--max-message");
+
+        // Of a result it is the payload that counts.
+        let result = soon("an answer", client.call(WorkItem::new("most", ""))).await.expect("a result");
+        assert!(result.payload == vec![0; MAX]);
+        let refused = refusal(soon("an answer", client.call(WorkItem::new("more", ""))).await);
+        assert_refused(refused, (Code::ResourceExhausted, "RESULT_TOO_LARGE"), "--max-message");
         server.drain().await;
     });
 }

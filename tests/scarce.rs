@@ -22,7 +22,7 @@ use common::{
     program::{Killed, behind, finish},
     run,
     server::{serve_command, unique_name},
-    soon, until,
+    skip, soon, until,
 };
 use forkring::{client::Client, proto::v1::WorkItem};
 use nix::sys::signal::Signal;
@@ -44,8 +44,7 @@ fn with_shm(bytes: u64, script: &str, command: &Command) -> Option<Command> {
         probe.stderr(Stdio::null()).status().is_ok_and(|status| status.success())
     };
     let Some(wrapper) = [ROOT, USER].iter().find(works) else {
-        // Past the capture of the test's output.
-        let _ = writeln!(io::stderr(), "\nSKIPPED: no mount namespaces here, so no /dev/shm of a test's own");
+        skip("no mount namespaces here, so no /dev/shm of a test's own");
         return None;
     };
     Some(within(wrapper, &format!("{} && {script}", mount(bytes)), command))

@@ -12,6 +12,7 @@ pub mod server;
 
 use std::{
     fmt::Debug,
+    io::{self, Write as _},
     time::{Duration, Instant},
 };
 
@@ -65,6 +66,11 @@ pub async fn in_time<T>(mut time: Duration, mut attempt: impl AsyncFnMut(Duratio
         time *= 2;
     }
     panic!("{:?} are not enough either", time / 2)
+}
+
+/// Says what of a test is left out here, and why: past the capture of its output.
+pub fn skip(why: &str) {
+    let _ = writeln!(io::stderr(), "\nSKIPPED: {why}");
 }
 
 /// Code, reason and message of a refused call.
