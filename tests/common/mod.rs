@@ -11,8 +11,10 @@ pub mod raw;
 pub mod server;
 
 use std::{
+    env,
     fmt::Debug,
     io::{self, Write as _},
+    str::FromStr,
     time::{Duration, Instant},
 };
 
@@ -31,9 +33,19 @@ pub const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Runs a test on a runtime of its own thread, and ends it if it hangs.
 pub fn run<T>(test: impl Future<Output = T>) -> T {
+    run_within(3 * PATIENCE, test)
+}
+
+/// The same for one that takes longer.
+pub fn run_within<T>(limit: Duration, test: impl Future<Output = T>) -> T {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
-    let ended = runtime.block_on(async { tokio::time::timeout(3 * PATIENCE, test).await });
+    let ended = runtime.block_on(async { tokio::time::timeout(limit, test).await });
     ended.expect("the test hangs")
+}
+
+/// What the environment asks of a test: a number, if the variable is set.
+pub fn variable<T: FromStr>(name: &str) -> Option<T> {
+    env::var(name).ok().map(|value| value.parse().ok().unwrap_or_else(|| panic!("{name} is no number")))
 }
 
 /// Looks until there is what is looked for.

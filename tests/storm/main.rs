@@ -12,14 +12,12 @@ mod load;
 mod tally;
 
 use std::{
-    env,
     rc::Rc,
-    str::FromStr,
     time::{Duration, Instant},
 };
 
 use chance::Chance;
-use common::soon;
+use common::{soon, variable};
 use killer::Killer;
 use load::Storm;
 use tally::{Shape, Tally, journal};
@@ -44,10 +42,6 @@ fn nothing_is_lost_or_done_twice_in_a_storm() {
     }
     report(&tally, rounds, begin.elapsed());
     assert!(tally.violations.is_empty(), "{:#?}", &tally.violations[..tally.violations.len().min(30)]);
-}
-
-fn variable<T: FromStr>(name: &str) -> Option<T> {
-    env::var(name).ok().map(|value| value.parse().ok().unwrap_or_else(|| panic!("{name} is no number")))
 }
 
 async fn round(mut chance: Chance, length: Duration, tally: Tally) -> Tally {
