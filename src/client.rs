@@ -42,14 +42,19 @@ const TCP_KEEPALIVE: Duration = Duration::from_secs(60);
 
 /// A client of one server.
 ///
-/// ```no_run
+/// ```standalone_crate
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
 /// use forkring::{client::Client, proto::v1::WorkItem};
 ///
-/// # async fn example() -> Result<(), Box<dyn std::error::Error>> {
-/// let client = Client::connect("127.0.0.1:50051").await?;
+/// # fn main() {
+/// # example::run(example::hashes, async |_| {
+/// let address = "127.0.0.1:50051";
+/// # let address = &example::here().to_string();
+/// let client = Client::connect(address).await?;
 /// let result = client.call(WorkItem::new("sha256", "some bytes").with_priority(1)).await?;
 /// assert_eq!(result.payload.len(), 32);
 /// # Ok(())
+/// # });
 /// # }
 /// ```
 #[derive(Debug, Clone)]
@@ -105,13 +110,16 @@ impl Client {
 
     /// Many items in, one receipt out when the stream ends. Results go to [`updates`](Self::updates).
     ///
-    /// ```no_run
-    /// # use forkring::{client::Client, proto::v1::WorkItem};
-    /// # async fn example(client: Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// ```standalone_crate
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+    /// # use forkring::proto::v1::WorkItem;
+    /// # fn main() {
+    /// # example::run(example::hashes, async |client| {
     /// let items = (1..=1000).map(|id| WorkItem::new("sha256", format!("item {id}")).with_id(id));
     /// let receipt = client.submit(tokio_stream::iter(items)).await?;
     /// assert_eq!((receipt.accepted, receipt.rejected), (1000, 0));
     /// # Ok(())
+    /// # });
     /// # }
     /// ```
     pub async fn submit<S>(&self, items: S) -> Result<SubmitReceipt, tonic::Status>
@@ -123,14 +131,19 @@ impl Client {
 
     /// The results of submitted items as they are done; ends after `limit` of them unless that is 0.
     ///
-    /// ```no_run
-    /// # use forkring::client::Client;
-    /// # async fn example(client: Client) -> Result<(), Box<dyn std::error::Error>> {
-    /// let mut results = client.updates("mine", 0).await?;
+    /// ```standalone_crate
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+    /// # use forkring::proto::v1::WorkItem;
+    /// # fn main() {
+    /// # example::run(example::hashes, async |client| {
+    /// # let items = (1..=100).map(|id| WorkItem::new("sha256", "").with_id(id).with_subscription("mine"));
+    /// # client.submit(tokio_stream::iter(items)).await?;
+    /// let mut results = client.updates("mine", 100).await?;
     /// while let Some(result) = results.message().await? {
     ///     println!("{}: {} bytes", result.id, result.payload.len());
     /// }
     /// # Ok(())
+    /// # });
     /// # }
     /// ```
     pub async fn updates(&self, subscription: &str, limit: u64) -> Result<Results, tonic::Status> {
@@ -141,9 +154,11 @@ impl Client {
     /// Items in, results out, both at once; match them by id. A failed item is a result whose
     /// [`outcome`](WorkResult::outcome) is an error.
     ///
-    /// ```no_run
-    /// # use forkring::{client::Client, proto::v1::WorkItem};
-    /// # async fn example(client: Client) -> Result<(), Box<dyn std::error::Error>> {
+    /// ```standalone_crate
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+    /// # use forkring::proto::v1::WorkItem;
+    /// # fn main() {
+    /// # example::run(example::hashes, async |client| {
     /// let items = (1..=1000).map(|id| WorkItem::new("sha256", format!("item {id}")).with_id(id));
     /// let mut results = client.process(tokio_stream::iter(items)).await?;
     /// while let Some(result) = results.message().await? {
@@ -153,6 +168,7 @@ impl Client {
     ///     }
     /// }
     /// # Ok(())
+    /// # });
     /// # }
     /// ```
     pub async fn process<S>(&self, items: S) -> Result<Results, tonic::Status>

@@ -4,7 +4,9 @@
 //! and send results back; nobody polls and nobody waits on a lock. A worker that dies loses nothing: its item goes to
 //! another.
 //!
-//! ```no_run
+//! ```standalone_crate
+//! # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+//! # fn main() {
 //! use forkring::{Code, Failure, Pool, Server};
 //!
 //! fn main() -> Result<(), forkring::ServerError> {
@@ -18,8 +20,20 @@
 //!         Ok(())
 //!     });
 //!     // This process becomes the supervisor: it must have one thread, so start it before anything that starts more.
-//!     Server::new().listen(([127, 0, 0, 1], 50051).into()).pool(square.workers(4)).run()
+//!     Server::new()
+//!         .listen(([127, 0, 0, 1], 50051).into())
+//! #       .configure(example::settings)
+//!         .pool(square.workers(4))
+//!         .run()
 //! }
+//! # example::run(main, async |client| {
+//! #     use forkring::proto::v1::WorkItem;
+//! #     assert_eq!(client.call(WorkItem::new("square", "70000")).await?.payload, "4900000000");
+//! #     let refused = client.call(WorkItem::new("square", "many")).await.unwrap_err();
+//! #     assert_eq!((refused.code(), refused.message()), (Code::InvalidArgument, "send a decimal number"));
+//! #     Ok(())
+//! # });
+//! # }
 //! ```
 //!
 //! Clients speak `forkring.v1.Dispatcher` in any language; in Rust there is [`client::Client`]. The command line is
@@ -52,6 +66,11 @@ pub mod spin;
 pub mod supervisor;
 mod sync;
 pub mod worker;
+
+/// What it shows of Rust compiles.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;
 
 pub use client::Client;
 pub use handler::{Code, Failure, Handler, Item, Reply};

@@ -1,6 +1,8 @@
 //! The worker SDK: how a program of one's own becomes a worker of a server that started it.
 //!
-//! ```no_run
+//! ```standalone_crate
+//! # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+//! # fn main() {
 //! use forkring::sdk::Attached;
 //!
 //! fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -12,6 +14,22 @@
 //!     })?;
 //!     Ok(())
 //! }
+//! # let serve = || {
+//! #     let program = forkring::Program::new("/proc/self/exe").args(["--worker"]);
+//! #     let pool = forkring::Pool::program("shout", program).workers(1);
+//! #     forkring::Server::new().configure(example::settings).pool(pool).run()
+//! # };
+//! # if std::env::args().any(|argument| argument == "--worker") {
+//! #     main().unwrap();
+//! # } else {
+//! #     example::run(serve, async |client| {
+//! #         let item = forkring::proto::v1::WorkItem::new("shout", "hello").with_id(7);
+//! #         let result = client.call(item).await?;
+//! #         assert_eq!((result.id, &result.payload[..]), (7, &b"HELLO"[..]));
+//! #         Ok(())
+//! #     });
+//! # }
+//! # }
 //! ```
 //!
 //! # Many items at once
@@ -19,7 +37,9 @@
 //! [`Attached::run`] hands a handler one item after the other. A handler that works on many at once, such as one on an event
 //! loop or one that makes batches, takes them itself and finishes them in any order:
 //!
-//! ```no_run
+//! ```standalone_crate
+//! # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+//! # fn main() {
 //! use forkring::sdk::{Attached, OpenItem};
 //!
 //! fn work(worker: &mut Attached) -> std::io::Result<()> {
@@ -46,6 +66,22 @@
 //!         worker.disarm()?;
 //!     }
 //! }
+//! # let serve = || {
+//! #     let program = forkring::Program::new("/proc/self/exe").args(["--worker"]);
+//! #     let pool = forkring::Pool::program("many", program).workers(1);
+//! #     forkring::Server::new().configure(example::settings).pool(pool).run()
+//! # };
+//! # if std::env::args().any(|argument| argument == "--worker") {
+//! #     work(&mut Attached::from_env().unwrap()).unwrap();
+//! # } else {
+//! #     example::run(serve, async |client| {
+//! #         let item = forkring::proto::v1::WorkItem::new("many", "hello").with_id(7);
+//! #         let result = client.call(item).await?;
+//! #         assert_eq!((result.id, &result.payload[..]), (7, &b""[..]));
+//! #         Ok(())
+//! #     });
+//! # }
+//! # }
 //! ```
 //!
 //! # What it promises

@@ -162,18 +162,27 @@ impl Pool {
 
 /// A server that is being put together.
 ///
-/// ```no_run
+/// ```standalone_crate
+/// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+/// # fn main() {
 /// use forkring::{Pool, Server};
 ///
 /// fn main() -> Result<(), forkring::ServerError> {
 ///     Server::new()
 ///         .listen(([127, 0, 0, 1], 50051).into())
+/// #       .configure(example::settings)
 ///         .pool(Pool::new("shout", |item, reply| {
 ///             reply.write(&item.payload().to_ascii_uppercase())?;
 ///             Ok(())
 ///         }))
 ///         .run()
 /// }
+/// # example::run(main, async |client| {
+/// #     let item = forkring::proto::v1::WorkItem::new("shout", "hello");
+/// #     assert_eq!(client.call(item).await?.payload, "HELLO");
+/// #     Ok(())
+/// # });
+/// # }
 /// ```
 #[derive(Default)]
 pub struct Server {
