@@ -6,6 +6,7 @@ use std::time::Duration;
 
 use common::{
     Files, Server, assert_refused, assert_serves, failure, in_time,
+    processes::signal,
     raw::{Raw, framed},
     refusal, run, soon,
 };
@@ -13,6 +14,7 @@ use forkring::{
     client::Client,
     proto::v1::{WorkItem, WorkResult},
 };
+use nix::sys::signal::Signal;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
@@ -76,10 +78,10 @@ fn an_item_that_expires_before_it_is_claimed_never_runs() {
         assert_eq!((answer.code, answer.messages.len()), (Code::Ok, 2));
 
         assert_ran_none(&files, &client, held).await;
-        // The submitted one has been in a worker's hands, which did not begin it.
+        // The submitted one has its end, too, once.
         let mut updates = soon("a stream", client.updates("s", 1)).await.expect("a stream");
         let result = soon("an update", updates.message()).await.expect("a stream").expect("an update");
-        assert_eq!(result.id, 4);
+        assert_eq!((result.id, result.attempts), (4, 0));
         assert_refused(failure(result), EXPIRED, "the item's deadline has passed");
         assert_eq!(files.lines("journal").len(), 2);
         server.drain().await;
@@ -211,6 +213,74 @@ fn the_answer_to_a_deadline_does_not_wait_for_the_handler() {
         assert_eq!((result.id, &result.payload[..]), (2, &b"mine"[..]));
         server.drain().await;
     });
+}
+
+/// A server with a submitted item that was in work when its deadline passed, and still is.
+async fn late() -> (Files, Server, Updates) {
+    // Long enough that it begins, and no longer.
+    let mut timeout = SHORT;
+    loop {
+        timeout *= 2;
+        let files = Files::new();
+        let server = Server::handlers(&["hold"], "").await;
+        let client = server.client().await;
+        let mut updates = Updates(soon("a stream", client.updates("", 0)).await.expect("a stream"));
+        let items = [1, 2].map(|id| files.holding(id, "go").with_timeout(timeout));
+        let receipt = soon("a receipt", client.submit(tokio_stream::iter(items))).await.expect("a receipt");
+        assert_eq!(receipt.accepted, 2);
+        // The second has the later deadline, and waits behind the first, unless that had its end before it began.
+        let result = updates.next().await;
+        if result.id == 2 {
+            assert_eq!(result.attempts, 0);
+            assert_refused(failure(result), EXPIRED, "the item's deadline has passed");
+            tokio::select! {
+                _ = files.began(1) => return (files, server, updates),
+                _ = updates.next() => {}
+            }
+        }
+        files.make("go");
+        server.drain().await;
+    }
+}
+
+/// Updates, each of which comes.
+struct Updates(forkring::client::Results);
+
+impl Updates {
+    async fn next(&mut self) -> WorkResult {
+        soon("an update", self.0.message()).await.expect("a stream").expect("an update")
+    }
+}
+
+#[test]
+fn a_submitted_item_that_is_in_work_when_it_expires_has_one_end() {
+    run(async {
+        // Its handler's, however late.
+        let (files, server, mut updates) = late().await;
+        files.make("go");
+        let result = updates.next().await;
+        assert_eq!((result.id, result.attempts, &result.payload[..]), (1, 1, &b"item 1"[..]));
+        submit_another(&server, &files).await;
+        assert_eq!(updates.next().await.id, 3, "and no other");
+        server.drain().await;
+
+        // Or, if its worker dies and nobody else has begun it, the deadline's.
+        let (files, server, mut updates) = late().await;
+        signal(files.began(1).await[0], Signal::SIGKILL);
+        let result = updates.next().await;
+        assert_eq!((result.id, result.payload.len()), (1, 0));
+        assert_refused(failure(result), EXPIRED, "the item's deadline has passed");
+        files.make("go");
+        submit_another(&server, &files).await;
+        assert_eq!(updates.next().await.id, 3, "and no other");
+        assert_eq!(files.lines("journal").len(), 2, "it was not begun again");
+        server.drain().await;
+    });
+}
+
+async fn submit_another(server: &Server, files: &Files) {
+    let another = server.client().await.submit(tokio_stream::iter([files.holding(3, "go")])).await;
+    assert_eq!(another.expect("a receipt").accepted, 1);
 }
 
 #[test]

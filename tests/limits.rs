@@ -6,6 +6,8 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use common::{
     Files, Server, assert_refused, assert_serves,
+    audit::{Copy, DONE},
+    failure,
     health::Health,
     in_time,
     processes::{is_alive, is_stopped, signal},
@@ -336,6 +338,71 @@ fn what_is_sent_to_a_pool_in_a_crash_loop_waits_for_its_end() {
         for once in ["the pool does not serve", "the pool serves again"] {
             assert_eq!(log.matches(once).count(), 1, "{log}");
         }
+    });
+}
+
+/// Settings of a server whose pool `program` never has a worker: the loader lists what the program needs and ends it.
+const NO_WORKERS: &str = "outbox = 4\nworker_env = { LD_TRACE_LOADED_OBJECTS = '1' }";
+
+async fn submit(client: &Client, ids: std::ops::RangeInclusive<u64>, timeout: Duration) {
+    let count = ids.clone().count() as u64;
+    let items = ids.map(move |id| WorkItem::new("program", "x").with_id(id).with_timeout(timeout));
+    let receipt = soon("a receipt", client.submit(tokio_stream::iter(items))).await.expect("a receipt");
+    assert_eq!(receipt.accepted, count);
+}
+
+/// These and no others have expired; which are told of as they come.
+async fn assert_expired(client: &Client, ids: std::ops::RangeInclusive<u64>) {
+    let mut updates = soon("a stream", client.updates("", ids.clone().count() as u64)).await.expect("a stream");
+    let mut expired = Vec::new();
+    while let Some(result) = soon("an update", updates.message()).await.expect("a stream") {
+        assert_eq!(result.attempts, 0);
+        expired.push(result.id);
+        let late = (Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
+        assert_refused(failure(result), late, "the item's deadline has passed");
+    }
+    expired.sort_unstable();
+    assert!(expired.iter().copied().eq(ids.clone()), "{ids:?}: {expired:?}");
+}
+
+#[test]
+fn what_is_submitted_to_a_pool_without_workers_ends_by_its_deadline() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["program", "hold"], NO_WORKERS).await;
+        server.logged("the pool does not serve").await;
+        let client = server.client().await;
+        // Many times as many as there is room for: they make room for each other.
+        tokio::join!(submit(&client, 1..=20, Duration::from_millis(20)), assert_expired(&client, 1..=20));
+
+        // Of these some have ended when the front is killed, which nobody has been told of, and some have not.
+        submit(&client, 21..=22, Duration::ZERO).await;
+        until("their end in shared memory", || {
+            let ended = Copy::read(&server.segment()).expect("a segment").in_use();
+            (ended.len() == 2 && ended.values().all(|word| word.phase == DONE)).then_some(())
+        })
+        .await;
+        submit(&client, 23..=24, Duration::from_millis(500)).await;
+        let front = server.child("front").await;
+        signal(front, Signal::SIGKILL);
+        server.successor("front", front).await;
+        let client = server.client().await;
+        assert_expired(&client, 21..=24).await;
+
+        // The same of the whole server.
+        submit(&client, 25..=26, Duration::ZERO).await;
+        submit(&client, 27..=28, Duration::from_millis(500)).await;
+        let left = server.kill().await;
+        let server = Server::handlers_as(&left.name, &["program", "hold"], NO_WORKERS).await;
+        let client = server.client().await;
+        assert_expired(&client, 25..=28).await;
+
+        // A drain waits for their end, and not longer.
+        submit(&client, 29..=29, Duration::from_millis(500)).await;
+        files.make("go");
+        soon("an answer", client.call(files.holding(1, "go"))).await.expect("a result");
+        let log = server.drain().await;
+        assert!(log.contains("results that no subscriber fetched are gone results=1"), "{log}");
     });
 }
 

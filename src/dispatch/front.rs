@@ -19,7 +19,7 @@ pub use stream::{Broken, Partial};
 pub use takeover::Adopted;
 
 use super::{
-    Bells, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, mend,
+    Bells, FRONT, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, mend,
     request::{
         Kind, Offer, OfferError, Request, extra_bytes, is_submitted, kind_word, request_spans, share, subscription_len,
     },
@@ -28,6 +28,7 @@ use super::{
 use crate::{
     arena::{Block, Memory, Partition, Span, largest_block},
     crash_point::crash_point,
+    process::now,
     ring::{Consumer, Hint, Lane},
     segment::{INLINE, ItemRecord, PRIORITIES, Segment, Slot},
 };
@@ -41,6 +42,8 @@ pub enum Outcome {
     Failure(u32),
     /// What the worker wrote about its result is impossible: there is no result.
     Invalid,
+    /// Its deadline passed before a worker claimed it: there is no result.
+    Expired,
     /// Somebody wrote over the item's word: there is no result, and whether it ran is not known.
     Damaged,
 }
@@ -56,7 +59,7 @@ pub struct Completion {
     pub outcome: Outcome,
     /// Bytes of result.
     pub len: usize,
-    /// The worker that completed it, or [`SUPERVISOR`].
+    /// The worker that completed it, or [`SUPERVISOR`] if none did.
     pub worker: u16,
     /// How many workers have been given the item.
     pub attempts: u32,
@@ -72,6 +75,8 @@ struct Known {
     /// As what it was offered, or taken over.
     word: Word,
     id: u64,
+    /// When it expires; 0: never.
+    deadline: u64,
     payload_len: u32,
     request: Option<Memory>,
     extra: Option<Memory>,
@@ -106,7 +111,7 @@ pub struct Front<'s> {
     consumers: Vec<Consumer<'s>>,
     /// The consumer to ask next.
     cursor: usize,
-    /// Items that were found DONE by a scan.
+    /// Items that were found DONE by a scan, or have expired.
     found: Vec<u32>,
     /// Items that have partial results.
     noticed: VecDeque<u32>,
@@ -121,7 +126,8 @@ pub struct Front<'s> {
 impl Known {
     const fn unused() -> Self {
         let word = Word::new(0, 0, 0, Phase::Free, 0);
-        Known { state: State::Free, word, id: 0, payload_len: 0, request: None, extra: None, stream: None }
+        let (request, extra, stream) = (None, None, None);
+        Known { state: State::Free, word, id: 0, deadline: 0, payload_len: 0, request, extra, stream }
     }
 }
 
@@ -246,6 +252,7 @@ impl<'s> Front<'s> {
         known.state = State::Waiting;
         known.word = ready;
         known.id = offer.id;
+        known.deadline = offer.deadline;
         known.stream = (offer.kind == Kind::Stream).then(|| stream::Taken::none_of(ready));
         known.payload_len = request.len as u32;
         if let Some(block) = extra {
@@ -392,7 +399,7 @@ impl<'s> Front<'s> {
         let asked = self.segment.rescan(self.number).swap(0, AcqRel);
         crash_point!("scan.begun");
         self.consumers.iter_mut().for_each(Consumer::check);
-        let workers = self.segment.geometry().workers;
+        let (workers, now) = (self.segment.geometry().workers, now());
         for index in self.first..self.first + self.known.len() as u32 {
             let record = self.segment.item(index);
             let word = Word::load(&record.word);
@@ -400,6 +407,8 @@ impl<'s> Front<'s> {
             match (word.phase(), known.state) {
                 (_, State::Waiting | State::Abandoned) if !word.follows(known.word, workers) => self.found.push(index),
                 (Phase::Done, State::Waiting | State::Abandoned) => self.found.push(index),
+                // Given back by a sweep when its deadline had passed: nobody will tell of that any more.
+                (Phase::Ready, State::Waiting) if (1..=now).contains(&known.deadline) => _ = self.expire(index),
                 // Given back by a sweep, which may have found the lane full; or its hint is gone, for no lane is empty that
                 // has one.
                 (Phase::Ready, State::Waiting)
@@ -451,6 +460,7 @@ impl<'s> Front<'s> {
             len <= INLINE || len <= MAX_RESULT && self.segment.read_result(word.owner(), offset, len as u64).is_some();
         let outcome = match record.code.load(Relaxed) {
             _ if is_damaged => Outcome::Damaged,
+            _ if word.owner() == FRONT => return self.expired(index, record, word),
             _ if !inside => Outcome::Invalid,
             0 => Outcome::Success,
             code => Outcome::Failure(code),
@@ -465,6 +475,23 @@ impl<'s> Front<'s> {
             attempts: u32::from(attempts) + u32::from(worker != SUPERVISOR),
             times: [&record.offered, &record.claimed, &record.done].map(|time| time.load(Relaxed)),
             offset,
+        }
+    }
+
+    /// The end of an item that no worker completed: its record's other half is that of an earlier one.
+    #[cold]
+    fn expired(&self, index: u32, record: &ItemRecord, word: Word) -> Completion {
+        // The same whoever looks at it.
+        let deadline = self.known[(index - self.first) as usize].deadline;
+        Completion {
+            index,
+            id: self.id(index),
+            outcome: Outcome::Expired,
+            len: 0,
+            worker: SUPERVISOR,
+            attempts: word.attempts().into(),
+            times: [record.offered.load(Relaxed), deadline, deadline],
+            offset: 0,
         }
     }
 
@@ -548,6 +575,26 @@ impl<'s> Front<'s> {
                 Phase::Done | Phase::Free => return,
             }
         }
+    }
+
+    /// Ends an item whose deadline has passed, if no worker has claimed it: then it never runs, and [`Front::collect`] has its
+    /// end. That is in shared memory at once, where a successor of this front finds it. Whether it ended it; if not, its end
+    /// comes of the worker, and should that one die and the item be given back, of the look through all items after it.
+    pub fn expire(&mut self, index: u32) -> bool {
+        let record = self.segment.item(index);
+        let word = Word::load(&record.word);
+        let workers = self.segment.geometry().workers;
+        let known = self.known_mut(index);
+        let is_damaged = !word.follows(known.word, workers);
+        let is_ready = word.phase() == Phase::Ready;
+        // The claim of a worker competes with this. What is damaged has no other end.
+        let has_ended = known.state == State::Waiting
+            && (is_damaged || is_ready && word.with(Phase::Done, FRONT).exchange(&record.word, word).is_ok());
+        if has_ended {
+            crash_point!("expire.done");
+            self.found.push(index);
+        }
+        has_ended
     }
 
     #[inline]

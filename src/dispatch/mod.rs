@@ -50,7 +50,7 @@ pub use reply::{Reply, ReplyError};
 pub use request::{Kind, Offer, OfferError, Request};
 pub use sweep::{Swept, sweep_front, sweep_worker};
 pub use waiting::{Credit, Room};
-pub use word::{Phase, SUPERVISOR, Word};
+pub use word::{FRONT, Phase, SUPERVISOR, Word};
 pub use worker::{Claimed, Item, Worker};
 
 use std::{

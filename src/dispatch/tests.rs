@@ -310,6 +310,53 @@ fn who_gives_up_gets_nothing_however_far_the_item_is() {
 }
 
 #[test]
+fn an_item_that_expires_ends_unless_a_worker_has_it() {
+    let mut rig = rig("expire");
+    let submit = Offer { kind: Kind::Submit, subscription: b"s", deadline: 1, ..CALL };
+    // A result of before is in its record.
+    let index = rig.offer(submit, b"").unwrap();
+    rig.work(0);
+    rig.collect();
+    assert_eq!(rig.offer(submit, &[1; 100]), Ok(index));
+    assert!(rig.front.expire(index) && !rig.front.expire(index));
+    assert!(rig.work(0).is_empty(), "it never runs");
+    let done = rig.front.collect().unwrap();
+    assert_eq!((done.index, done.id, done.outcome, done.len), (index, 1, Outcome::Expired, 0));
+    assert_eq!((done.worker, done.attempts, done.times), (SUPERVISOR, 0, [0, 1, 1]));
+    assert!(rig.front.collect().is_none() && !rig.front.expire(index), "once");
+    rig.front.release(index);
+    assert_eq!((rig.front.free_items(), rig.front.free_request_bytes()), (ITEMS as usize, BYTES));
+    // The hint that is left of it leads to nothing, and the record is one like any other.
+    assert_eq!(rig.call(2), index);
+    assert_eq!((rig.work(0), rig.collect()), (vec![2], vec![2]));
+
+    rig.offer(submit, b"").unwrap();
+    let claimed = rig.workers[0].take().unwrap();
+    assert!(!rig.front.expire(index));
+    assert!(!claimed.is_cancelled(), "it has a deadline, and nobody gave it up");
+    assert!(rig.front.collect().is_none());
+    rig.workers[0].reply(&claimed, 0).complete(claimed, 0, 2, 3);
+    assert!(!rig.front.expire(index));
+    let done = rig.front.collect().unwrap();
+    assert_eq!((done.outcome, done.worker), (Outcome::Success, 0), "what its worker made of it");
+    rig.front.release(index);
+
+    // If that one dies, nobody tells of the deadline again.
+    for (deadline, outcome) in [(1, Some(Outcome::Expired)), (u64::MAX, None), (0, None)] {
+        rig.offer(Offer { deadline, ..submit }, b"").unwrap();
+        rig.workers[0].take().unwrap();
+        assert_eq!(rig.kill(0, 9).requeued, 1);
+        let done = rig.front.collect();
+        assert_eq!(done.map(|done| (done.outcome, done.attempts)), outcome.map(|outcome| (outcome, 1)));
+        match done {
+            Some(done) => rig.front.release(done.index),
+            None => assert_eq!((rig.work(1), rig.collect()), (vec![1], vec![1])),
+        }
+    }
+    assert_eq!(rig.front.free_items(), ITEMS as usize);
+}
+
+#[test]
 fn only_who_sleeps_is_rung_and_one_for_each_item() {
     let mut rig = rig("wake");
     rig.call(1);

@@ -8,8 +8,8 @@
 //!              └──── sweep ────┘   generation+1, attempts+1
 //! ```
 //!
-//! READY → CLAIMED is a CAS, because workers compete for it and a cancel (READY → FREE) competes with them. Each of
-//! the other transitions has exactly one process that may make it, so a Release store does: front FREE → READY and
+//! READY → CLAIMED is a CAS, because workers compete for it, and with them a cancel (READY → FREE) and the end of a submitted
+//! item that has expired (READY → DONE, owner [`FRONT`]). Each of the other transitions has exactly one process that may make it, so a Release store does: front FREE → READY and
 //! DONE → FREE, worker CLAIMED → DONE, and the supervisor in a dead process's stead after the proof of death. Debug
 //! builds make them by CAS and check. A mismatch is a mistake of the program, or of a worker that scribbles: unit tests
 //! panic, a server says so and goes on as by a store.
@@ -47,6 +47,8 @@ pub struct Word(u64);
 
 /// The owner of an item that the supervisor completed.
 pub const SUPERVISOR: u16 = 0xfff;
+/// The owner of an item that its front ended: it had expired. Its record has no result, the word says it all.
+pub const FRONT: u16 = 0xffe;
 
 const GENERATION_MASK: u32 = (1 << GENERATION_BITS) - 1;
 
@@ -72,7 +74,7 @@ impl Word {
         (self.0 >> 28) as u8
     }
 
-    /// The worker that claimed it, or [`SUPERVISOR`].
+    /// The worker that claimed it, or [`SUPERVISOR`], or [`FRONT`].
     pub const fn owner(self) -> u16 {
         (self.0 >> 16) as u16 & 0xfff
     }
@@ -121,7 +123,7 @@ impl Word {
             Phase::Free => false,
             Phase::Ready => owner == 0,
             Phase::Claimed => (owner as u32) < workers,
-            Phase::Done => (owner as u32) < workers || owner == SUPERVISOR,
+            Phase::Done => (owner as u32) < workers || owner == SUPERVISOR || owner == FRONT,
         }
     }
 
@@ -226,14 +228,16 @@ mod tests {
             for _ in 0..times {
                 word = word.with(Phase::Claimed, 7).requeued();
             }
-            for (phase, owner) in [(Phase::Ready, 0), (Phase::Claimed, 7), (Phase::Done, 7), (Phase::Done, SUPERVISOR)] {
+            for (phase, owner) in
+                [(Phase::Ready, 0), (Phase::Claimed, 7), (Phase::Done, 7), (Phase::Done, SUPERVISOR), (Phase::Done, FRONT)]
+            {
                 let now = word.with(phase, owner);
                 prop_assert!(now.follows(offered, 8));
                 prop_assert!(!now.follows(offered.discarded().offered(lane), 8), "the next use after damage");
                 prop_assert!(!Word::new(now.generation(), lane + 1, owner, phase, 0).follows(offered, 8));
             }
             for (phase, owner) in
-                [(Phase::Ready, 7), (Phase::Ready, SUPERVISOR), (Phase::Claimed, 8), (Phase::Claimed, SUPERVISOR), (Phase::Done, 8)]
+                [(Phase::Ready, 7), (Phase::Ready, SUPERVISOR), (Phase::Claimed, 8), (Phase::Claimed, FRONT), (Phase::Done, 8)]
             {
                 prop_assert!(!word.with(phase, owner).follows(offered, 8), "nobody would ever complete it");
             }

@@ -19,7 +19,7 @@ use tokio::sync::{Notify, watch};
 use crate::{
     config::Config,
     crash_point::crash_point,
-    dispatch::{Adopted, Completion, Failure, Front, Kind, Offer, OfferError, Request},
+    dispatch::{Adopted, Completion, Failure, Front, Kind, Offer, OfferError, Outcome, Request},
     process::now,
     segment::{INLINE, PRIORITIES},
 };
@@ -185,9 +185,10 @@ impl Hub {
             stream_items: (items / STREAM_SHARE).max(1),
             front: RefCell::new(front),
         };
-        for Adopted { index, subscription } in adopted {
+        for Adopted { index, subscription, deadline } in adopted {
             let subscription = hub.subscription(&String::from_utf8_lossy(&subscription));
             hub.own_submitted(index, subscription);
+            hub.watch(deadline, index, 0);
         }
         hub
     }
@@ -294,16 +295,17 @@ impl Hub {
         let serial = self.offers.get() + 1;
         self.offers.set(serial);
         self.serials.borrow_mut()[index as usize] = serial;
-        if deadline != 0 && kind != Kind::Submit {
-            self.watch(deadline, index, serial);
-        }
+        self.watch(deadline, index, serial);
         // It rings the workers, once for all that is offered before its turn comes.
         self.notify.notify_one();
         Ok(index)
     }
 
-    /// Watches a deadline. Those of items that have ended stay until they are due, or until there are many of them.
+    /// Watches a deadline, unless it is none. Those of items that have ended stay until they are due, or until there are many of them.
     fn watch(&self, deadline: u64, index: u32, serial: u64) {
+        if deadline == 0 {
+            return;
+        }
         let mut deadlines = self.deadlines.borrow_mut();
         let serials = self.serials.borrow();
         if deadlines.len() >= 2 * serials.len() {
@@ -406,7 +408,9 @@ impl Hub {
         while woken < BURST && bytes < BURST_BYTES {
             let Some(completion) = self.front.borrow_mut().collect() else { break };
             count += 1;
-            first = first.min(completion.times[2]);
+            // It was over at its deadline, and is seen when somebody looks.
+            let is_expired = completion.outcome == Outcome::Expired;
+            first = first.min(if is_expired { now() } else { completion.times[2] });
             let owner = self.owners.borrow_mut()[completion.index as usize].take();
             crash_point!("hub.collected");
             match owner {
@@ -507,16 +511,15 @@ impl Hub {
         self.notify.notify_one();
     }
 
-    /// Fails the items whose deadlines have passed: those of calls at once, whoever has them. A submitted item fails
-    /// when a worker comes to it. Returns the next deadline.
+    /// Fails the items whose deadlines have passed: those of calls at once, whoever has them. A submitted item fails if no
+    /// worker has it; if one has, what it makes of the item is the update, late as it is, for there must be one and not two.
+    /// Returns the next deadline.
     pub fn expire(&self) -> Option<u64> {
         let now = now();
         loop {
             let &Reverse((deadline, index, serial)) = self.deadlines.borrow().peek()?;
-            let is_over = self.serials.borrow()[index as usize] != serial || {
-                let owners = self.owners.borrow();
-                !matches!(owners[index as usize], Some(Owner::Rpc(_)))
-            };
+            let is_over =
+                self.serials.borrow()[index as usize] != serial || self.owners.borrow()[index as usize].is_none();
             if !is_over && deadline > now {
                 return Some(deadline);
             }
@@ -524,10 +527,15 @@ impl Hub {
             if is_over {
                 continue;
             }
-            if let Some(Owner::Rpc(mailbox)) = self.owners.borrow_mut()[index as usize].take() {
-                let id = self.front.borrow().id(index);
-                self.front.borrow_mut().cancel(index);
-                mailbox.deliver(Ending::Failed { id, failure: Failure::deadline() });
+            let owner = &mut self.owners.borrow_mut()[index as usize];
+            let mut front = self.front.borrow_mut();
+            if let Some(Owner::Rpc(mailbox)) = owner {
+                front.cancel(index);
+                mailbox.deliver(Ending::Failed { id: front.id(index), failure: Failure::deadline() });
+                *owner = None;
+            } else if front.expire(index) {
+                // To be collected.
+                self.activity.set(self.activity.get() + 1);
             }
         }
     }

@@ -134,6 +134,7 @@ fn failure(completion: &Completion, result: &[u8]) -> Option<Refusal> {
     match completion.outcome {
         Outcome::Success => None,
         Outcome::Invalid => Some(Refusal::invalid_result()),
+        Outcome::Expired => Some(Failure::deadline().into()),
         Outcome::Damaged => Some(Refusal::damaged()),
         Outcome::Failure(code) => Some(Failure::from_result(code, result).into()),
     }

@@ -16,8 +16,9 @@ const RECORD: u64 = 256;
 const INLINE: u64 = 64;
 /// Partial results of an item that may wait.
 const WINDOW: u64 = 4;
-/// The owner of an item that the supervisor completed.
+/// The owners of items that the supervisor completed, and of those that a front ended because they had expired.
 const SUPERVISOR: u64 = 0xfff;
+const FRONT: u64 = 0xffe;
 
 /// Phases of an item.
 pub const FREE: u64 = 0;
@@ -316,7 +317,7 @@ impl Copy {
                 blocks.entry(("request", front)).or_default().push((self.u64(record + 56), extra, item));
             }
             let result = self.u32(record + 132);
-            if word.phase == DONE && word.owner != SUPERVISOR && result > INLINE {
+            if word.phase == DONE && ![SUPERVISOR, FRONT].contains(&word.owner) && result > INLINE {
                 blocks.entry(("result", word.owner)).or_default().push((self.u64(record + 136), result, item));
             }
             for (at, bytes) in self.partials(item) {

@@ -274,6 +274,11 @@ impl House {
         WorkItem::new("hold", self.files.name(until) + "\n").with_id(id).with_subscription(MINE)
     }
 
+    fn expired(&self) -> WorkItem {
+        let id = self.ledger.issue(Wanted::Expired);
+        WorkItem::new("hold", "").with_id(id).with_timeout(Duration::ZERO).with_subscription(MINE)
+    }
+
     fn die(&self, path: &str, wanted: Wanted) -> WorkItem {
         let id = self.ledger.issue(wanted);
         WorkItem::new("die", format!("{path}\n")).with_id(id).with_subscription(MINE)
@@ -413,7 +418,7 @@ impl House {
         let held = self.submit(|| vec![self.hold("held")]).await;
         let look = |ids: &[u64], phase| ids.iter().all(|id| self.phase(*id) == Some(phase) || self.is_over(*id));
         until("items in work", || look(&held, CLAIMED).then_some(())).await;
-        self.submit(|| vec![self.hold("held"), self.hold("held")]).await;
+        self.submit(|| vec![self.hold("held"), self.expired(), self.hold("held")]).await;
         let calls = calls.into_iter().chain([self.spawn_call(self.hold("held"))]);
         let done = self.submit(|| [10, 5_000].map(|len| self.echo(len, 0).with_subscription(LATER)).into()).await;
         until("results", || look(&done, DONE).then_some(())).await;

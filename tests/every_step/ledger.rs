@@ -14,6 +14,8 @@ pub enum Wanted {
     Bytes(Vec<u8>),
     /// The failure of an item that no worker survives.
     Crashed,
+    /// The failure of an item that comes too late.
+    Expired,
 }
 
 /// The submitted items of one case.
@@ -61,6 +63,7 @@ impl Ledger {
         match (wanted, result.clone().outcome()) {
             (Wanted::Bytes(bytes), Ok(payload)) if *bytes == payload[..] => {}
             (Wanted::Crashed, Err(status)) if status.reason == "WORKER_CRASHED" => {}
+            (Wanted::Expired, Err(status)) if status.reason == "DEADLINE_EXCEEDED" => {}
             (_, outcome) => panic!("item {} ended with {outcome:?}", result.id),
         }
     }

@@ -100,7 +100,8 @@ fn of_a_worker() {
 #[test]
 fn of_the_front() {
     let needed = ["offer.ready", "collect.held", "returns.told", "updates.sent", "release.freed", "cancel.freed"];
-    kill_at_every_step("front", &[&needed[..], &["partial.copied", "partial.taken", "partial.credited"]].concat());
+    let others = ["expire.done", "partial.copied", "partial.taken", "partial.credited"];
+    kill_at_every_step("front", &[&needed[..], &others].concat());
 }
 
 #[test]

@@ -81,7 +81,7 @@ impl<'s> Front<'s> {
         let is_there = matches!(known.state, State::Waiting | State::Held)
             && word.follows(known.word, workers)
             && matches!(word.phase(), Phase::Claimed | Phase::Done)
-            && word.owner() != SUPERVISOR;
+            && u32::from(word.owner()) < workers;
         let taken = known.stream.as_mut().filter(|_| is_there)?;
         if taken.generation != word.generation() {
             *taken = Taken { is_noticed: taken.is_noticed, ..Taken::none_of(word) };

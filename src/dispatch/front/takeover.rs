@@ -12,6 +12,8 @@ pub struct Adopted {
     pub index: u32,
     /// Whose update the result becomes.
     pub subscription: Vec<u8>,
+    /// When it expires; 0: never.
+    pub deadline: u64,
 }
 
 impl<'s> Front<'s> {
@@ -104,6 +106,8 @@ impl<'s> Front<'s> {
         known.word = if is_broken { word.discarded() } else { word };
         known.id = record.id.load(Relaxed);
         known.payload_len = record.payload_len.load(Relaxed);
+        known.deadline = record.deadline.load(Relaxed);
+        let deadline = known.deadline;
         known.state = if submitted { State::Waiting } else { State::Abandoned };
         let (payload, extra) = request_spans(record);
         // A completed item's payload has been given back; its memory may be another's by now.
@@ -115,7 +119,7 @@ impl<'s> Front<'s> {
             let bytes = extra_bytes(self.segment, self.number, record).unwrap_or_default();
             let len = subscription_len(record);
             let subscription = bytes.get(..len).unwrap_or_default().to_vec();
-            adopted.push(Adopted { index, subscription });
+            adopted.push(Adopted { index, subscription, deadline });
         }
         true
     }

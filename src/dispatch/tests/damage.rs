@@ -135,6 +135,20 @@ fn a_word_that_cannot_have_come_of_the_item_is_damage() {
 }
 
 #[test]
+fn damage_is_found_at_the_deadline_at_the_latest() {
+    let mut rig = rig("damaged-deadline");
+    let index = rig.offer(Offer { kind: Kind::Submit, subscription: b"s", deadline: 1, ..CALL }, b"").unwrap();
+    let word = rig.word(index);
+    word.with(Phase::Claimed, 4).store(&rig.supervisor.item(index).word, word);
+    assert!(rig.front.collect().is_none());
+    assert!(rig.front.expire(index));
+    let done = rig.front.collect().unwrap();
+    assert_eq!((done.index, done.outcome), (index, Outcome::Damaged));
+    rig.front.release(index);
+    assert_eq!(rig.front.free_items(), ITEMS as usize);
+}
+
+#[test]
 fn a_result_that_is_impossible_is_none() {
     let mut rig = rig("invalid");
     // Where it ends decides: at the end of the partition, or behind it.

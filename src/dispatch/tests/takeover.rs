@@ -72,6 +72,32 @@ fn calls_end_with_their_front_and_submitted_items_do_not() {
 }
 
 #[test]
+fn deadlines_and_those_that_they_ended_are_a_successors_too() {
+    let mut rig = rig("deadlines");
+    let expired = rig.offer(Offer { deadline: 7, ..SUBMIT }, &[3; 100]).unwrap();
+    let waiting = rig.offer(Offer { id: 2, deadline: 8, ..SUBMIT }, &[3; 100]).unwrap();
+    assert!(rig.front.expire(expired));
+    for front in 0..2 {
+        let mut adopted: Vec<_> = rig.take_over().iter().map(|one| (one.index, one.deadline)).collect();
+        adopted.sort_unstable();
+        let mut wanted = [(expired, 7), (waiting, 8)];
+        wanted.sort_unstable();
+        assert_eq!(adopted, wanted, "{front}");
+        rig.front.ring();
+    }
+    // The look through all items finds both.
+    let mut ended: Vec<_> = std::iter::from_fn(|| rig.front.collect()).collect();
+    ended.sort_unstable_by_key(|done| done.id);
+    assert_eq!(
+        ended.iter().map(|done| (done.id, done.outcome)).collect::<Vec<_>>(),
+        [1, 2].map(|id| (id, Outcome::Expired))
+    );
+    ended.iter().for_each(|done| rig.front.release(done.index));
+    assert!(rig.workers[0].take().is_none() && rig.front.collect().is_none());
+    assert_eq!((rig.front.free_request_bytes(), rig.front.free_items()), (BYTES, ITEMS as usize));
+}
+
+#[test]
 fn what_can_never_end_is_found_damaged() {
     let mut rig = rig("never");
     for damage in [
