@@ -12,9 +12,10 @@ use common::{
 };
 use forkring::{
     client::Client,
-    proto::v1::{WorkItem, WorkResult},
+    proto::v1::{GetUpdatesRequest, WorkItem, WorkResult},
 };
 use nix::sys::signal::Signal;
+use prost::Message as _;
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
 
@@ -281,6 +282,89 @@ fn a_submitted_item_that_is_in_work_when_it_expires_has_one_end() {
 async fn submit_another(server: &Server, files: &Files) {
     let another = server.client().await.submit(tokio_stream::iter([files.holding(3, "go")])).await;
     assert_eq!(another.expect("a receipt").accepted, 1);
+}
+
+#[test]
+fn a_submits_own_deadline_ends_it_and_none_of_its_items() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold"], "outbox = 2").await;
+        let client = server.client().await;
+        let mut raw = Raw::connect(&server).await;
+        // The stream stays open, or there is no room for the third.
+        for (items, is_open) in [(2, true), (3, false), (3, true)] {
+            let mut timeout = 10;
+            loop {
+                let mut submit = raw.begin("Submit", &[("grpc-timeout", &format!("{timeout}m"))]).await;
+                let items: Vec<_> = (1..=items).map(|id| framed(&files.holding(id, "go"))).collect();
+                submit.body.send_data(items.concat().into(), !is_open).expect("an open stream");
+                let (code, reason, message) = submit.answer().await.refusal();
+                assert_eq!((code, reason.as_str()), EXPIRED);
+                let accepted = message
+                    .split_once("(items accepted before: ")
+                    .map_or(0, |(_, count)| count.trim_end_matches(')').parse().expect("a number"));
+                assert!(message.starts_with("the deadline of the RPC has passed"), "{message}");
+                files.make("go");
+                let mut updates = soon("a stream", client.updates("", accepted.max(1))).await.expect("a stream");
+                for _ in 0..accepted {
+                    let result = soon("an update", updates.message()).await.expect("a stream").expect("an update");
+                    assert!(result.outcome().is_ok(), "what was accepted is done");
+                }
+                std::fs::remove_file(files.path("go")).expect("a file");
+                if accepted == 2 {
+                    break;
+                }
+                // It took longer to come here.
+                timeout *= 2;
+            }
+        }
+        server.drain().await;
+    });
+}
+
+#[test]
+fn an_rpc_for_updates_ends_at_its_deadline_and_loses_none() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let client = server.client().await;
+        let mut raw = Raw::connect(&server).await;
+        let request = framed(&GetUpdatesRequest { subscription: "s".to_owned(), limit: 0 });
+        let timeout = [("grpc-timeout", "20m")];
+        let late = "the deadline of the RPC has passed";
+        assert_refused(raw.ask("GetUpdates", &timeout, request.clone()).await.refusal(), EXPIRED, late);
+        // Nor does it wait for the rest of a request.
+        let mut half = raw.begin("GetUpdates", &timeout).await;
+        half.body.send_data(request.slice(..6), false).expect("an open stream");
+        assert_refused(half.answer().await.refusal(), EXPIRED, late);
+
+        // A subscriber that reads nothing until it is over gets what was under way, and the next one the rest.
+        let items = (1..=100).map(|id| WorkItem::new("echo", vec![7; 10_000]).with_id(id).with_subscription("s"));
+        let receipt = soon("a receipt", client.submit(tokio_stream::iter(items))).await.expect("a receipt");
+        assert_eq!(receipt.accepted, 100);
+        let mut slow = raw.begin("GetUpdates", &[("grpc-timeout", "300m")]).await;
+        slow.body.send_data(request.clone(), true).expect("an open stream");
+        raw.settled().await;
+        let other = framed(&GetUpdatesRequest { subscription: "other".to_owned(), limit: 0 });
+        let answer = raw.ask("GetUpdates", &[("grpc-timeout", "300m")], other).await;
+        assert_eq!(answer.reason, "DEADLINE_EXCEEDED");
+        let answer = slow.answer().await;
+        assert_eq!((answer.code, answer.reason.as_str()), EXPIRED);
+        let mut ids: Vec<_> =
+            answer.messages.iter().map(|result| WorkResult::decode(&result[..]).expect("a result").id).collect();
+        assert!(ids.len() < 100, "there was a window");
+        let mut updates = soon("a stream", client.updates("s", 100 - ids.len() as u64)).await.expect("a stream");
+        while let Some(result) = soon("an update", updates.message()).await.expect("a stream") {
+            ids.push(result.id);
+        }
+        assert!(ids.iter().copied().eq(1..=100), "{ids:?}");
+        // One that comes to its limit before ends well.
+        let submitted = [WorkItem::new("echo", "x").with_subscription("s")];
+        soon("a receipt", client.submit(tokio_stream::iter(submitted))).await.expect("a receipt");
+        let request = framed(&GetUpdatesRequest { subscription: "s".to_owned(), limit: 1 });
+        let answer = raw.ask("GetUpdates", &[("grpc-timeout", "1H")], request).await;
+        assert_eq!((answer.code, answer.messages.len()), (Code::Ok, 1));
+        server.drain().await;
+    });
 }
 
 #[test]

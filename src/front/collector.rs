@@ -4,20 +4,12 @@
 //! at most one syscall. While more is likely to come soon it keeps the runtime polling (the sockets too, through
 //! `yield_now`) instead of sleeping; then it parks with the doorbell's protocol, and the runtime sleeps in epoll.
 
-use std::{
-    convert::Infallible,
-    io,
-    mem::take,
-    time::{Duration, Instant},
-};
+use std::{convert::Infallible, io, mem::take, time::Duration};
 
-use tokio::{
-    task::yield_now,
-    time::{sleep, sleep_until},
-};
+use tokio::{task::yield_now, time::sleep};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
-use super::hub::Hub;
+use super::hub::{Hub, until};
 use crate::{
     config::Spin,
     crash_point::crash_point,
@@ -112,7 +104,7 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
                 rung?;
                 was_rung = true;
             }
-            () = until(deadline) => {}
+            () = until(deadline.unwrap_or(0)) => {}
             () = sleep(LATE), if late => {
                 hub.with_front(|front| front.ring_next());
                 hub.tell_of_room(true);
@@ -120,19 +112,6 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
         }
         slept = true;
         hub.with_front(|front| front.awake());
-    }
-}
-
-async fn until(deadline: Option<u64>) {
-    match deadline {
-        Some(deadline) => {
-            let left = Duration::from_nanos(deadline.saturating_sub(now()));
-            match Instant::now().checked_add(left) {
-                Some(at) => sleep_until(at.into()).await,
-                None => std::future::pending().await,
-            }
-        }
-        None => std::future::pending().await,
     }
 }
 

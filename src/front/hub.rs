@@ -11,10 +11,13 @@ use std::{
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
     task::Waker,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
-use tokio::sync::{Notify, watch};
+use tokio::{
+    sync::{Notify, watch},
+    time::sleep_until,
+};
 
 use crate::{
     config::Config,
@@ -538,6 +541,15 @@ impl Hub {
                 self.activity.set(self.activity.get() + 1);
             }
         }
+    }
+}
+
+/// Waits for a time on the clock of [`now`]; for ever, if it is 0.
+pub async fn until(deadline: u64) {
+    let left = Duration::from_nanos(deadline.saturating_sub(now()));
+    match Instant::now().checked_add(left).filter(|_| deadline != 0) {
+        Some(at) => sleep_until(at.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -24,7 +24,7 @@ use tower::Service;
 
 use super::{
     admin,
-    hub::{Hub, deadline_after},
+    hub::{Hub, deadline_after, until},
     input::discard,
     process::ProcessBody,
     status::Refusal,
@@ -131,11 +131,11 @@ pub async fn answer(
     }
     let answer = match (service, method) {
         ("Dispatcher", "Call") => call(hub, request.into_body(), deadline).await.map(Kind::Unary),
-        ("Dispatcher", "Submit") => submit(hub, request.into_body()).await.map(Kind::Unary),
+        ("Dispatcher", "Submit") => submit(hub, request.into_body(), deadline).await.map(Kind::Unary),
         ("Dispatcher", "Process") => Ok(Kind::Process(Box::new(ProcessBody::new(hub, request.into_body(), deadline)))),
-        ("Dispatcher", "GetUpdates") => updates(hub, request.into_body()).await.map(Kind::Updates),
+        ("Dispatcher", "GetUpdates") => updates(hub, request.into_body(), deadline).await.map(Kind::Updates),
         _ => match admin::Method::named(method).filter(|_| service == "Admin") {
-            Some(method) => administer(&hub, method, request.into_body()).await.map(Kind::Unary),
+            Some(method) => administer(&hub, method, request.into_body(), deadline).await.map(Kind::Unary),
             None => {
                 let status = Status::unimplemented(format!("forkring.v1.{service} has no method {method}"));
                 discard(&hub, request.into_body());
@@ -175,26 +175,27 @@ fn failed(status: &Status) -> Response<FrontBody> {
     response
 }
 
-async fn updates(hub: Rc<Hub>, body: Incoming) -> Result<UpdatesBody, Status> {
-    let message = small_message(&hub, body).await.map_err(|refusal| refusal.status())?;
+async fn updates(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UpdatesBody, Status> {
+    let message = small_message(&hub, body, deadline).await.map_err(|refusal| refusal.status())?;
     let malformed = WireError::Malformed("expected a GetUpdatesRequest");
     let request = GetUpdatesRequest::decode(message).map_err(|_| Refusal::from(malformed).status())?;
-    Ok(UpdatesBody::new(hub, request))
+    Ok(UpdatesBody::new(hub, request, deadline))
 }
 
-async fn administer(hub: &Hub, method: admin::Method, body: Incoming) -> Result<UnaryBody, Status> {
-    let answered = small_message(hub, body).await.and_then(|message| admin::answer(hub, method, message));
+async fn administer(hub: &Hub, method: admin::Method, body: Incoming, deadline: u64) -> Result<UnaryBody, Status> {
+    let answered = small_message(hub, body, deadline).await.and_then(|message| admin::answer(hub, method, message));
     answered.map_err(|refusal| refusal.status())
 }
 
 /// The one message of a request that has no large ones.
-async fn small_message(hub: &Hub, body: Incoming) -> Result<Bytes, Refusal> {
+async fn small_message(hub: &Hub, body: Incoming, deadline: u64) -> Result<Bytes, Refusal> {
     let timeout = hub.body_timeout;
     let mut draining = hub.draining.subscribe();
     let collected = tokio::select! {
         biased;
         collected = tokio::time::timeout(timeout, Limited::new(body, SMALL_MESSAGE).collect()) => collected,
         _ = draining.wait_for(|draining| *draining) => return Err(Refusal::draining()),
+        () = until(deadline) => return Err(Refusal::late()),
     };
     let mut message = match collected {
         Err(_) => return Err(Refusal::body_timeout(timeout)),

@@ -66,6 +66,12 @@ impl Refusal {
         Refusal::new(Code::DeadlineExceeded, "BODY_TIMEOUT", message)
     }
 
+    /// What the client allowed for the RPC itself.
+    pub fn late() -> Self {
+        let message = "the deadline of the RPC has passed (grpc-timeout)".into();
+        Refusal::new(Code::DeadlineExceeded, "DEADLINE_EXCEEDED", message)
+    }
+
     pub fn broken(error: &dyn std::error::Error) -> Self {
         Refusal::new(Code::Cancelled, "STREAM_BROKEN", format!("the request stream broke off: {error}"))
     }

@@ -1,15 +1,16 @@
 //! `Submit`: many items in, one receipt out.
 //!
-//! When the outbox or the item table is full, the stream is not read on until there is room.
+//! When the outbox or the item table is full, the stream is not read on until there is room. The RPC's deadline ends it like
+//! any break: it is not that of its items.
 
-use std::{future::poll_fn, rc::Rc, task::Poll};
+use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
 
 use bytes::BytesMut;
 use hyper::body::Incoming;
 use tonic::Status;
 
 use super::{
-    hub::{Hub, NotOffered},
+    hub::{Hub, NotOffered, until},
     input::Input,
     status::Refusal,
     unary::UnaryBody,
@@ -24,10 +25,11 @@ const REJECTIONS: usize = 32;
 const BURST: usize = 256;
 
 /// Accepts items up to the end of the stream. If it breaks off, what was accepted stays accepted.
-pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
+pub async fn submit(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UnaryBody, Status> {
     let mut input = Input::new(hub.clone(), body, true);
     let mut receipt = SubmitReceipt::default();
     let mut drain = hub.draining.subscribe();
+    let mut over = pin!(until(deadline));
     loop {
         let burst = poll_fn(|cx| {
             for _ in 0..BURST {
@@ -53,6 +55,8 @@ pub async fn submit(hub: Rc<Hub>, body: Incoming) -> Result<UnaryBody, Status> {
         });
         let burst = tokio::select! {
             biased;
+            // First: a client that never pauses has a next burst each time.
+            () = &mut over => Err(Refusal::late()),
             burst = burst => burst,
             // Also if it had begun before.
             _ = drain.wait_for(|draining| *draining) => Err(Refusal::draining()),

@@ -12,9 +12,12 @@
 //! body is dropped. So a dropped guard only marks its results, the next poll frees them, and dropping the body puts back all
 //! that are not freed. A result may come twice if the connection breaks between the write and that poll. What was
 //! written and is still in a socket's buffer when the connection breaks is lost with it: gRPC has no receipt for that.
+//!
+//! When the RPC's deadline has passed nothing more is taken, and the end comes behind what HTTP/2 has of the stream already.
 
 use std::{
     collections::VecDeque,
+    pin::Pin,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll, Waker},
@@ -22,10 +25,12 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use http_body::Frame;
+use tonic::Status;
 
 use super::{
-    hub::{Hub, Subscription},
+    hub::{Hub, Subscription, until},
     output,
+    status::Refusal,
 };
 use crate::{crash_point::crash_point, dispatch::Completion, proto::v1::GetUpdatesRequest};
 
@@ -70,11 +75,15 @@ pub struct UpdatesBody {
     unwritten: VecDeque<(u64, Vec<Completion>)>,
     batch: u64,
     written: Arc<Written>,
+    /// The RPC's deadline, if it has one.
+    over: Option<Pin<Box<dyn Future<Output = ()>>>>,
+    /// How the stream will end.
+    end: Result<(), Status>,
     ended: bool,
 }
 
 impl UpdatesBody {
-    pub fn new(hub: Rc<Hub>, request: GetUpdatesRequest) -> Self {
+    pub fn new(hub: Rc<Hub>, request: GetUpdatesRequest, deadline: u64) -> Self {
         UpdatesBody {
             subscription: hub.subscription(&request.subscription),
             hub,
@@ -84,6 +93,8 @@ impl UpdatesBody {
             unwritten: VecDeque::new(),
             batch: 0,
             written: Arc::default(),
+            over: (deadline != 0).then(|| Box::pin(until(deadline)) as _),
+            end: Ok(()),
             ended: false,
         }
     }
@@ -92,6 +103,10 @@ impl UpdatesBody {
         self.free_written(cx.waker());
         if self.ended {
             return Poll::Ready(None);
+        }
+        if self.left > 0 && self.over.as_mut().is_some_and(|over| over.as_mut().poll(cx).is_ready()) {
+            self.left = 0;
+            self.end = Err(Refusal::late().status());
         }
         if self.frames.is_empty() && self.left > 0 {
             self.write();
@@ -105,7 +120,8 @@ impl UpdatesBody {
         if over && self.unwritten.is_empty() {
             self.ended = true;
             crash_point!("updates.ended");
-            return Poll::Ready(Some(Frame::trailers(output::trailers(Ok(())))));
+            let end = std::mem::replace(&mut self.end, Ok(()));
+            return Poll::Ready(Some(Frame::trailers(output::trailers(end))));
         }
         self.subscription.keep(cx.waker());
         Poll::Pending
