@@ -10,7 +10,7 @@ use common::{
     raw::{Raw, framed, framed_bytes},
     refusal, run, soon,
 };
-use forkring::proto::v1::{self, SubmitReceipt, WorkItem, WorkResult};
+use forkring::proto::v1::{self, GetUpdatesRequest, SubmitReceipt, WorkItem, WorkResult};
 use http::Request;
 use prost::Message;
 use tonic::Code;
@@ -95,6 +95,35 @@ fn a_size_that_is_too_large_is_refused_before_it_comes() {
             let refused = exchange.answer().await.refusal();
             assert_refused(refused, (Code::ResourceExhausted, "MESSAGE_TOO_LARGE"), "4294967295 bytes");
         }
+        assert_whole(server).await;
+    });
+}
+
+#[test]
+fn a_request_that_is_no_item_has_a_limit_of_its_own() {
+    run(async {
+        let server = small_server().await;
+        let mut raw = Raw::connect(&server).await;
+        let too_large = (Code::ResourceExhausted, "MESSAGE_TOO_LARGE");
+        let request = |len| GetUpdatesRequest { subscription: "x".repeat(len), limit: 1 };
+        for (len, says) in [(4094, "4099 bytes"), (100_000, "100006 bytes")] {
+            // In one piece; and by its length alone, when the rest of it is read and thrown away.
+            let refused = raw.ask("GetUpdates", &[], framed(&request(len))).await.refusal();
+            assert_refused(refused, too_large, &format!("{says} and this method takes 4096"));
+            let mut exchange = raw.begin("GetUpdates", &[]).await;
+            exchange.body.send_data(framed(&request(len)).slice(..7), false).expect("an open stream");
+            let response = soon("a response", &mut exchange.response).await.expect("a response");
+            assert_eq!(response.headers()["grpc-status"], (Code::ResourceExhausted as i32).to_string());
+            exchange.body.send_data(framed(&request(len)).slice(7..), true).expect("an open stream");
+            raw.settled().await;
+        }
+        // More than the message that was announced is too much, too.
+        let body = [&[0, 0, 0, 0, 1][..], &[0; 4097]].concat();
+        assert_refused(raw.ask("GetUpdates", &[], body.into()).await.refusal(), too_large, "4097 bytes");
+        assert_eq!(framed(&request(4091)).len(), 5 + 4096);
+        let mut fits = raw.begin("GetUpdates", &[]).await;
+        fits.body.send_data(framed(&request(4091)), true).expect("an open stream");
+        assert_eq!(soon("a response", fits.response).await.expect("a response").headers().get("grpc-status"), None);
         assert_whole(server).await;
     });
 }

@@ -12,10 +12,10 @@ use std::{
     task::{Context, Poll},
 };
 
-use bytes::Bytes;
+use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header::CONTENT_TYPE};
 use http_body::{Body, Frame};
-use http_body_util::{BodyExt, Limited};
+use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use prost::Message;
 use tonic::{Status, service::Routes};
@@ -187,21 +187,34 @@ async fn administer(hub: &Hub, method: admin::Method, body: Incoming, deadline: 
     answered.map_err(|refusal| refusal.status())
 }
 
+/// The bytes of a request that has no large messages. One that is larger is known by its prefix, if there is one.
+async fn collect(hub: &Hub, mut body: Incoming) -> Result<Bytes, Refusal> {
+    let mut bytes = BytesMut::new();
+    while let Some(frame) = body.frame().await {
+        let frame = frame.map_err(|error| Refusal::broken(&error))?;
+        // Trailers of a request mean nothing in gRPC.
+        bytes.extend_from_slice(&frame.into_data().unwrap_or_default());
+        let Some(([_, len @ ..], message)) = bytes.split_first_chunk::<PREFIX>() else { continue };
+        let len = message.len().max(u32::from_be_bytes(*len) as usize);
+        if len > SMALL_MESSAGE {
+            discard(hub, body);
+            return Err(Refusal::large_request(len, SMALL_MESSAGE));
+        }
+    }
+    Ok(bytes.freeze())
+}
+
 /// The one message of a request that has no large ones.
 async fn small_message(hub: &Hub, body: Incoming, deadline: u64) -> Result<Bytes, Refusal> {
     let timeout = hub.body_timeout;
     let mut draining = hub.draining.subscribe();
     let collected = tokio::select! {
         biased;
-        collected = tokio::time::timeout(timeout, Limited::new(body, SMALL_MESSAGE).collect()) => collected,
+        collected = tokio::time::timeout(timeout, collect(hub, body)) => collected,
         _ = draining.wait_for(|draining| *draining) => return Err(Refusal::draining()),
         () = until(deadline) => return Err(Refusal::late()),
     };
-    let mut message = match collected {
-        Err(_) => return Err(Refusal::body_timeout(timeout)),
-        Ok(Err(error)) => return Err(Refusal::broken(&*error)),
-        Ok(Ok(collected)) => collected.to_bytes(),
-    };
+    let mut message = collected.map_err(|_| Refusal::body_timeout(timeout))??;
     let malformed = |why| WireError::Malformed(why).into();
     if message.is_empty() {
         return Err(Refusal::empty());

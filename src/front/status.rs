@@ -57,6 +57,12 @@ impl Refusal {
         Refusal::new(Code::Internal, "NO_MESSAGE", "the call ended without a message".into())
     }
 
+    /// Of a request that is no item.
+    pub fn large_request(len: usize, max: usize) -> Self {
+        let message = format!("the request has {len} bytes and this method takes {max}");
+        Refusal::new(Code::ResourceExhausted, "MESSAGE_TOO_LARGE", message)
+    }
+
     pub fn two_messages() -> Self {
         Refusal::new(Code::Internal, "TOO_MANY_MESSAGES", "the call has more than one message: use Process".into())
     }
