@@ -32,7 +32,7 @@ pub fn run(worker: &mut Worker<'_>, handler: &mut dyn Handler, spin: Spin, max_r
     let mut spinner = Spinner::new(spin);
     let mut slept = false;
     let mut was_idle = false;
-    // When the item before was done: that is when this one was claimed, and looking at the clock costs as much as an item.
+    // When the item before was done, if this one was claimed right after it.
     let mut done = None;
     let slot = Slot::Worker(worker.number());
     loop {
@@ -45,7 +45,8 @@ pub fn run(worker: &mut Worker<'_>, handler: &mut dyn Handler, spin: Spin, max_r
                 spinner.busy(claimed.offered(), slept);
                 done = None;
             }
-            done = Some(handle(worker, handler, claimed, done.unwrap_or_else(now), max_result));
+            let began = claimed.began(done);
+            done = Some(handle(worker, handler, claimed, began, max_result));
             (slept, was_idle) = (false, false);
         } else if worker.segment().stage() == Stage::Stopping {
             crash_point!("worker.stopped");

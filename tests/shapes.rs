@@ -47,7 +47,8 @@ fn a_call_is_one_item_in_and_its_result_out() {
             assert!(result.payload == pattern(size), "{size} bytes did not come back as they went");
             let timing = result.timing.expect("timing");
             let total = Duration::from_nanos(timing.queued_ns + timing.worked_ns + timing.returned_ns);
-            assert!(timing.queued_ns > 0 && timing.worked_ns > 0 && timing.returned_ns > 0, "{timing:?}");
+            // A worker that comes from another item takes the next at no time at all.
+            assert!(timing.worked_ns > 0 && timing.returned_ns > 0, "{timing:?}");
             assert!(total <= elapsed, "{total:?} of {elapsed:?} are accounted for");
         }
         server.drain().await;

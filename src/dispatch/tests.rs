@@ -243,6 +243,22 @@ fn higher_priorities_go_first_and_each_pool_takes_its_own() {
 }
 
 #[test]
+fn an_item_is_claimed_after_it_was_offered_and_before_it_expires() {
+    let mut rig = rig("claim-time");
+    // Its worker was done with another at 5, and may have stood still since.
+    for (offered, last, claimed) in [(3, Some(5), Some(5)), (7, Some(5), Some(7)), (3, None, None)] {
+        rig.offer(Offer { offered, ..CALL }, b"").unwrap();
+        let begin = now();
+        let at = rig.workers[0].take().unwrap().began(last);
+        assert!(claimed.map_or(at >= begin, |claimed| at == claimed), "{at}");
+    }
+    rig.offer(Offer { offered: 3, deadline: 6, ..CALL }, b"").unwrap();
+    let begin = now();
+    let claimed = rig.workers[0].take().unwrap();
+    assert!(claimed.began(Some(5)) >= begin, "it has expired since");
+}
+
+#[test]
 fn an_item_knows_its_time() {
     let mut rig = rig("time");
     let hour = 3_600_000_000_000;

@@ -57,6 +57,17 @@ impl Claimed<'_> {
         self.record.offered.load(Relaxed)
     }
 
+    /// When work on it began, just now. Its worker may have come straight from another item that was done at `last`: that is as
+    /// good, for a look at the clock costs as much as an item. But it may have stood still since: so the item was offered first
+    /// in any case, and one that has a deadline is worth the look.
+    #[inline]
+    pub fn began(&self, last: Option<u64>) -> u64 {
+        match last {
+            Some(last) if self.deadline() == 0 => last.max(self.offered()),
+            _ => now(),
+        }
+    }
+
     /// When the item expires; 0: never.
     pub fn deadline(&self) -> u64 {
         self.record.deadline.load(Relaxed)
