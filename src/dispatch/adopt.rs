@@ -59,7 +59,9 @@ pub fn adopt(segment: &Segment) -> io::Result<Left> {
             u32::from(word.lane()) >= lanes(segment) || is_ready && !word.may_end(segment.geometry().workers);
         match word.phase() {
             Phase::Ready | Phase::Claimed if is_broken => {
-                let damaged = Failure::new(Code::Aborted, "WORKER_CRASHED", "the item's record was damaged");
+                // No longer than its record has room for.
+                let damaged =
+                    Failure::new(Code::DataLoss, "ITEM_DAMAGED", "its record in shared memory was written over");
                 sweep::fail(record, word, &damaged);
             }
             Phase::Claimed if letters::is_filed(segment, index, word) => {
@@ -247,7 +249,7 @@ mod tests {
         assert_eq!(std::iter::from_fn(|| work(&mut worker)).count(), 3);
         let mut failed = 0;
         while let Some(done) = front.collect() {
-            failed += u32::from(done.outcome != Outcome::Success);
+            failed += u32::from(done.outcome == Outcome::Damaged);
             front.release(done.index);
         }
         assert_eq!((failed, front.free_items()), (1, 64));
@@ -293,6 +295,15 @@ mod tests {
         assert_eq!(adopt(supervisor).unwrap(), Left { pending: 1, done: 1 });
         assert_eq!((word(claimed).phase(), word(claimed).owner()), (Phase::Ready, 0));
         assert_eq!(word(ready).phase(), Phase::Done);
+        let (mut front, _) = rig.front();
+        let done = front.collect().unwrap();
+        assert_eq!((done.index, done.outcome), (ready, Outcome::Failure(Code::DataLoss as u32)));
+        let mut line = [0; crate::segment::INLINE];
+        let failure = Failure::from_result(Code::DataLoss as u32, front.inline_result(&done, &mut line).unwrap());
+        assert_eq!(
+            (&*failure.reason, &*failure.message),
+            ("ITEM_DAMAGED", "its record in shared memory was written over")
+        );
     }
 
     #[test]
