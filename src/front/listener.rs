@@ -5,11 +5,12 @@
 //! nothing is shown out, and there is a limit to connections.
 
 use std::{
+    future::ready,
     io::{self, Cursor},
     net::{Shutdown, TcpListener},
     rc::Rc,
     sync::Arc,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use hyper::{rt::Executor, server::conn::http2, service::service_fn};
@@ -66,12 +67,19 @@ pub async fn accept(listener: TcpListener, hub: Rc<Hub>, routes: Routes, max_con
     let mut draining = hub.draining.subscribe();
     let room = Arc::new(Semaphore::new(max_connections as usize));
     let mut connections = JoinSet::new();
+    // Since when accepting fails. Somebody waits in the kernel's queue then, until it is empty.
+    let mut failing: Option<Instant> = None;
     loop {
         let accepted = tokio::select! {
             biased;
             _ = draining.wait_for(|draining| *draining) => break,
             Some(_) = connections.join_next() => continue,
             accepted = accept_one(&listener, &room) => accepted,
+            () = ready(()), if failing.is_some() => {
+                let lasted = failing.take().map_or(Duration::ZERO, |since| since.elapsed());
+                tracing::info!(?lasted, "connections are accepted again");
+                continue;
+            }
         };
         match accepted {
             Ok((stream, permit)) => {
@@ -82,7 +90,10 @@ pub async fn accept(listener: TcpListener, hub: Rc<Hub>, routes: Routes, max_con
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "cannot accept connections: raise the limit of open files (ulimit -n)?");
+                if failing.is_none() {
+                    tracing::warn!(%error, "cannot accept connections: raise the limit of open files (ulimit -n)?");
+                }
+                failing.get_or_insert_with(Instant::now);
                 sleep(ACCEPT_PAUSE).await;
             }
         }
