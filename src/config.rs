@@ -104,7 +104,7 @@ pub struct Config {
     pub outbox: Option<u32>,
     /// How many clients may be connected at a time. Default: 4096.
     pub max_connections: u32,
-    /// How long a client may take between two pieces of a message that it has begun to send. Default: 10 s.
+    /// How long a client may take for the next 64 KiB of a message that it has begun to send, or for its end. Default: 10 s.
     #[serde(deserialize_with = "units::duration")]
     pub body_timeout: Duration,
     /// The interpreter of Python handlers; the package `forkring` must be installed there. Default: the one that

@@ -3,10 +3,13 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
+use bytes::Bytes;
 use common::{
     Files, Server, assert_refused, assert_serves,
-    raw::{DATA, END_STREAM, Frames, Raw, framed},
-    run, soon,
+    raw::{Answer, DATA, END_STREAM, Exchange, Frames, Raw, framed},
+    run, soon, until,
 };
 use forkring::proto::v1::{self, GetUpdatesRequest, WorkItem, WorkResult};
 use h2::client::Builder;
@@ -73,6 +76,74 @@ fn half_a_message_and_then_silence_is_timed_out() {
         let refused = exchange.answer().await.refusal();
         assert_refused(refused, (Code::DeadlineExceeded, "BODY_TIMEOUT"), "did not come within 50ms");
         server.drain().await;
+    });
+}
+
+#[test]
+fn a_byte_now_and_then_is_timed_out_like_silence() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo", "--arena", "576KiB", "--body-timeout", "100ms"]).await;
+        let mut raw = Raw::connect(&server).await;
+        let message = framed(&large());
+        for method in ["Call", "Process", "Submit"] {
+            // In the head, and in the payload.
+            for start in [8, 100_000] {
+                let Exchange { response, mut body } = raw.begin(method, &[]).await;
+                body.send_data(message.slice(..start), false).expect("an open stream");
+                let drip = async {
+                    for at in start.. {
+                        // It goes on after the answer; that is thrown away, or nobody takes it.
+                        let _ = body.send_data(message.slice(at..at + 1), false);
+                        tokio::time::sleep(Duration::from_millis(5)).await;
+                    }
+                };
+                let answer = tokio::select! {
+                    answer = Answer::of(response) => answer.refusal(),
+                    () = drip => unreachable!("the message is longer"),
+                };
+                let late = (Code::DeadlineExceeded, "BODY_TIMEOUT");
+                assert_refused(answer, late, "64 KiB of the message, or its end, did not come within 100ms");
+                drop(body);
+                assert_room(&server).await;
+            }
+        }
+        server.drain().await;
+    });
+}
+
+#[test]
+fn a_slow_link_that_gets_on_is_not_timed_out() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo", "--body-timeout", "1s"]).await;
+        let item = framed(&large());
+        let small = framed(&WorkItem::new("echo", "x"));
+        let halves = [small.slice(..7), small.slice(7..)];
+        // On a machine that takes longer than a second for a piece, again.
+        for _ in 0..20 {
+            let mut raw = Raw::connect(&server).await;
+            let mut stream = raw.begin("Process", &[]).await;
+            stream.body.reserve_capacity(1 << 20);
+            let begin = Instant::now();
+            let mut longest = Duration::ZERO;
+            let pieces = item.chunks(64 << 10).map(|piece| item.slice_ref(piece));
+            // Then small ones, each of which takes a while.
+            for piece in pieces.chain([&halves, &halves].into_iter().flatten().cloned()) {
+                let last = Instant::now();
+                tokio::time::sleep(Duration::from_millis(300)).await;
+                let _ = stream.body.send_data(piece, false);
+                raw.settled().await;
+                longest = longest.max(last.elapsed());
+            }
+            let _ = stream.body.send_data(Bytes::new(), true);
+            let answer = stream.answer().await;
+            if longest < Duration::from_millis(900) {
+                assert_eq!((answer.code, answer.messages.len()), (Code::Ok, 3), "{}", answer.message);
+                assert!(begin.elapsed() > Duration::from_secs(2), "it took much longer than a piece may");
+                server.drain().await;
+                return;
+            }
+        }
+        panic!("in no try it was fast enough");
     });
 }
 
@@ -260,7 +331,7 @@ fn who_sends_and_never_reads_is_not_read_either() {
         // It sends for as long as it may. When the server has stopped reading, the others are served all the same.
         loop {
             let more = std::future::poll_fn(|cx| deaf.body.poll_capacity(cx));
-            match tokio::time::timeout(std::time::Duration::from_millis(200), more).await {
+            match tokio::time::timeout(Duration::from_millis(200), more).await {
                 Ok(capacity) => {
                     let _ = capacity.expect("an open stream").expect("capacity");
                     deaf.body.send_data(item.clone(), false).expect("an open stream");
@@ -284,6 +355,64 @@ fn who_sends_and_never_reads_is_not_read_either() {
             count += 1;
         }
         assert_eq!(count, 500);
+        server.drain().await;
+    });
+}
+
+/// Bytes of private memory that a process has.
+fn private_memory(pid: i32) -> usize {
+    let status = std::fs::read_to_string(format!("/proc/{pid}/status")).expect("a living process");
+    let line = status.lines().find_map(|line| line.strip_prefix("RssAnon:")).expect("it has some");
+    line.trim().trim_end_matches(" kB").parse::<usize>().expect("a number") << 10
+}
+
+#[test]
+fn clients_that_are_not_read_cost_a_window_each() {
+    const CLIENTS: usize = 4;
+    const WINDOW: usize = 8 << 20;
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold", "count"], "arena = '576KiB'").await;
+        let client = server.client().await;
+        // While the worker has this there is no room for another one.
+        let held = WorkItem { payload: vec![7; 300 << 10].into(), ..files.holding(1, "go") };
+        let held = tokio::spawn({
+            let client = client.clone();
+            async move { client.call(held).await }
+        });
+        files.began(1).await;
+        let front = server.child("front").await;
+        let before = private_memory(front);
+        let mut senders = JoinSet::new();
+        for n in 0..CLIENTS {
+            let mut raw = Raw::connect(&server).await;
+            // Enough of them to fill the connection's window, and to want more.
+            for stream in 0..6 {
+                let mut exchange = raw.begin(["Process", "Submit"][(n + stream) % 2], &[]).await;
+                let item = framed(&WorkItem::new("hold", vec![7; 300 << 10]));
+                senders.spawn(async move {
+                    loop {
+                        exchange.body.reserve_capacity(item.len());
+                        let more = std::future::poll_fn(|cx| exchange.body.poll_capacity(cx)).await;
+                        let _ = more.expect("an open stream").expect("capacity");
+                        exchange.body.send_data(item.clone(), false).expect("an open stream");
+                    }
+                });
+            }
+            senders.spawn(async move {
+                let _raw = raw;
+                std::future::pending().await
+            });
+        }
+        until("full windows", || (private_memory(front) > before + CLIENTS * (WINDOW - (1 << 20))).then_some(())).await;
+        for _ in 0..100 {
+            soon("an answer", client.call(WorkItem::new("count", ""))).await.expect("others are served");
+            let grown = private_memory(front) - before;
+            assert!(grown < CLIENTS * WINDOW + (8 << 20), "{} MiB", grown >> 20);
+        }
+        senders.shutdown().await;
+        files.make("go");
+        soon("an answer", held).await.expect("a task").expect("a result");
         server.drain().await;
     });
 }

@@ -155,7 +155,7 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_MAX_CONNECTIONS", value_name = "N")]
     max_connections: Option<u32>,
 
-    /// How long a client may pause in the middle of a message [default: 10s]
+    /// How long a client may take for the next 64 KiB of a message that it has begun, or for its end [default: 10s]
     #[arg(long, env = "FORKRING_BODY_TIMEOUT", value_name = "DURATION", value_parser = parse_duration)]
     body_timeout: Option<Duration>,
 

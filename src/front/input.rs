@@ -1,7 +1,8 @@
 //! Input: items from the body of a request, as the frames come.
 //!
 //! The payload is copied once, from the frame to its place in shared memory, which is reserved when its length is
-//! known. A client that stops in the middle of a message pins that memory for `body_timeout` at most.
+//! known. So a client must get on with a message that it has begun: within each `body_timeout` there must come its end, or
+//! [so many bytes](PROGRESS) of it. The time that we keep the client waiting ourselves does not count.
 
 use std::{
     future::poll_fn,
@@ -26,6 +27,9 @@ use super::{
 };
 use crate::dispatch::Request;
 
+/// What a client has to send of a message in the time that it has: a byte now and then is not enough.
+pub const PROGRESS: usize = 64 << 10;
+
 /// The items of one request.
 pub struct Input {
     hub: Rc<Hub>,
@@ -38,6 +42,8 @@ pub struct Input {
     /// Memory for a payload of so many bytes is waited for.
     wanted: Option<usize>,
     timeout: Option<Pin<Box<Sleep>>>,
+    /// Bytes that have come since the timeout began.
+    progress: usize,
     /// Whether it may wait for room: then it leaves some to those who may not.
     is_stream: bool,
 }
@@ -54,6 +60,7 @@ impl Input {
             complete: false,
             wanted: None,
             timeout: None,
+            progress: 0,
             is_stream,
         }
     }
@@ -73,6 +80,7 @@ impl Input {
                     }
                     Err(error) if !self.is_stream => return Poll::Ready(Err(error.into())),
                     Err(_) => {
+                        self.timeout = None;
                         self.hub.wait_for_room(cx.waker());
                         return Poll::Pending;
                     }
@@ -85,9 +93,12 @@ impl Input {
             let Some(body) = &mut self.body else { return Poll::Ready(Ok(false)) };
             match Pin::new(body).poll_frame(cx) {
                 Poll::Ready(Some(Ok(frame))) => {
-                    self.timeout = None;
                     // Trailers of a request mean nothing in gRPC.
                     self.chunk = frame.into_data().unwrap_or_default();
+                    self.progress += self.chunk.len();
+                    if self.progress >= PROGRESS {
+                        self.timeout = None;
+                    }
                 }
                 Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(Refusal::broken(&error))),
                 Poll::Ready(None) => {
@@ -141,6 +152,7 @@ impl Input {
                 Some(Event::Bytes(bytes)) => self.hub.write(&mut self.request, bytes),
                 Some(Event::Item) => {
                     self.complete = true;
+                    self.timeout = None;
                     break;
                 }
                 None => break,
@@ -157,8 +169,11 @@ impl Input {
     }
 
     fn poll_timeout(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        let timeout = self.hub.body_timeout;
-        self.timeout.get_or_insert_with(|| Box::pin(sleep(timeout))).as_mut().poll(cx)
+        let timeout = self.timeout.get_or_insert_with(|| {
+            self.progress = 0;
+            Box::pin(sleep(self.hub.body_timeout))
+        });
+        timeout.as_mut().poll(cx)
     }
 
     /// The item that [`Input::poll_item`] found, until [`Input::next`].

@@ -68,7 +68,8 @@ impl Refusal {
     }
 
     pub fn body_timeout(timeout: Duration) -> Self {
-        let message = format!("the rest of the message did not come within {timeout:?}: send it in one go");
+        let message =
+            format!("the next 64 KiB of the message, or its end, did not come within {timeout:?}: send it in one go");
         Refusal::new(Code::DeadlineExceeded, "BODY_TIMEOUT", message)
     }
 

@@ -100,6 +100,15 @@ impl Exchange {
     pub async fn answer(self) -> Answer {
         // The request must not be reset while it is answered.
         let Exchange { response, body } = self;
+        let answer = Answer::of(response).await;
+        drop(body);
+        answer
+    }
+}
+
+impl Answer {
+    /// Reads a response up to its trailers.
+    pub async fn of(response: ResponseFuture) -> Self {
         let response = soon("a response", response).await.expect("a response");
         assert_eq!(response.status(), 200);
         let (head, mut frames) = response.into_parts();
@@ -110,15 +119,12 @@ impl Exchange {
             data.extend_from_slice(&frame);
         }
         let trailers = soon("trailers", frames.trailers()).await.expect("trailers");
-        drop(body);
         let status = tonic::Status::from_header_map(trailers.as_ref().unwrap_or(&head.headers));
         let status = status.expect("a gRPC status");
         let v1::Status { reason, message, .. } = v1::Status::from(&status);
         Answer { messages: messages(data.freeze()), code: status.code(), reason, message }
     }
-}
 
-impl Answer {
     pub fn refusal(self) -> (Code, String, String) {
         assert!(self.messages.is_empty(), "a refusal with {} messages", self.messages.len());
         (self.code, self.reason, self.message)
