@@ -8,6 +8,7 @@
 //! | `FORKRING_STOP=WHO/POINT:N` | the same with SIGSTOP: it goes on when it is sent SIGCONT |
 //! | `FORKRING_CRASHED=FILE` | only the first such process dies: it makes the file, and whoever finds it there lives on. Without it each successor dies as well |
 //! | `FORKRING_PASSES=FILE` | each pass appends a line `WHO PID POINT` |
+//! | `FORKRING_SINCE=FILE` | no pass counts before there is such a file: for who comes later, and finds something there |
 //!
 //! WHO is the name of the process without `forkring-`: `front`, `w0`, `w1`, and `supervisor` for the parent of all.
 
@@ -31,6 +32,7 @@ mod armed {
         ffi::OsString,
         fs::{self, File, OpenOptions},
         io::Write,
+        path::PathBuf,
         sync::{Mutex, PoisonError},
     };
 
@@ -46,6 +48,8 @@ mod armed {
         stops: HashMap<String, u64>,
         crashed: Option<OsString>,
         passes: Option<File>,
+        /// What must be there first.
+        since: Option<PathBuf>,
     }
 
     impl Armed {
@@ -73,11 +77,16 @@ mod armed {
                 stops: points("FORKRING_STOP"),
                 crashed: env::var_os("FORKRING_CRASHED"),
                 passes,
+                since: env::var_os("FORKRING_SINCE").map(PathBuf::from),
                 who,
             }
         }
 
         fn pass(&mut self, name: &str) {
+            if self.since.as_ref().is_some_and(|file| !file.exists()) {
+                return;
+            }
+            self.since = None;
             if let Some(passes) = &mut self.passes {
                 // One write, so that the lines of several processes do not mix.
                 let line = format!("{} {} {name}\n", self.who, self.pid);

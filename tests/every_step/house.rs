@@ -25,6 +25,7 @@ use crate::{
     common::{
         Files, PATIENCE, Server,
         audit::{self, CLAIMED, Copy, DONE, READY, Word},
+        processes::{is_alive, is_stopped},
         server::{Left, serve_command, unique_name},
         soon, until,
     },
@@ -56,12 +57,37 @@ while [ ! -e \"$path\" ]; do sleep 0.005; done
 echo held
 ";
 
+/// Since when one has been lost that had something in the segment. A file of this name is made then.
+pub const FRONT_LOST: &str = "front-lost";
+pub const WORKER_LOST: &str = "worker-lost";
+
+/// A process, and whether it is one that has come since something was lost.
+#[derive(Clone, Copy)]
+pub struct Who {
+    pub name: &'static str,
+    pub since: Option<&'static str>,
+}
+
+impl fmt::Display for Who {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.since.map_or(Ok(()), |since| write!(f, "{since}:"))?;
+        f.write_str(self.name)
+    }
+}
+
 /// A process, and where it dies.
 #[derive(Clone)]
 pub struct Kill {
-    pub who: &'static str,
+    pub who: Who,
     pub point: String,
     pub n: u64,
+}
+
+impl Kill {
+    /// For the environment.
+    fn spec(&self) -> String {
+        format!("{}/{}:{}", self.who.name, self.point, self.n)
+    }
 }
 
 impl fmt::Display for Kill {
@@ -98,12 +124,29 @@ fn pattern(id: u64, len: usize) -> Vec<u8> {
 }
 
 impl House {
-    /// Lives a server's life, with a death in it or with a list of all passes; whether somebody was killed.
-    pub async fn live(kill: Option<Kill>, passes: Option<PathBuf>) -> bool {
+    /// Lives a server's life, with a death in it; whether it came to that.
+    pub async fn die_in(kill: &Kill) -> bool {
+        let house = House::new(Some(kill.clone()));
+        let mut command = house.command(kill.who);
+        command.env("FORKRING_CRASH", kill.spec());
+        command.env("FORKRING_CRASHED", house.files.path("crashed"));
+        house.live(command).await;
+        house.files.path("crashed").exists()
+    }
+
+    /// The same with a list of what is passed that would count for a death.
+    pub async fn list_passes(who: Who, passes: PathBuf) {
+        let house = House::new(None);
+        let mut command = house.command(who);
+        command.env("FORKRING_PASSES", passes);
+        house.live(command).await;
+    }
+
+    fn new(kill: Option<Kill>) -> Self {
         let files = Files::new();
         fs::write(files.path("die.sh"), DIE).expect("a file");
         fs::write(files.path("hold.sh"), HOLD).expect("a file");
-        let house = House {
+        House {
             name: unique_name(),
             files,
             kill,
@@ -114,27 +157,30 @@ impl House {
             front_was_killed: Cell::default(),
             later: Cell::default(),
             draining: Cell::default(),
-        };
-        let mut command = house.command();
-        if let Some(kill) = &house.kill {
-            command.env("FORKRING_CRASH", kill.to_string());
-            command.env("FORKRING_CRASHED", house.files.path("crashed"));
         }
-        if let Some(passes) = passes {
-            command.env("FORKRING_PASSES", passes);
-        }
-        house.start(command).await;
-        tokio::select! {
-            biased;
-            () = house.day() => {}
-            () = house.keep() => unreachable!("it goes on for ever"),
-            () = house.subscribe(MINE) => unreachable!("it goes on for ever"),
-            () = house.subscribe(LATER) => unreachable!("it goes on for ever"),
-        }
-        house.files.path("crashed").exists()
     }
 
-    fn command(&self) -> Command {
+    async fn live(&self, command: Command) {
+        self.start(command).await;
+        tokio::select! {
+            biased;
+            () = self.day() => {}
+            () = self.keep() => unreachable!("it goes on for ever"),
+            () = self.subscribe(MINE) => unreachable!("it goes on for ever"),
+            () = self.subscribe(LATER) => unreachable!("it goes on for ever"),
+        }
+    }
+
+    /// The server, in whose crash points those count that `who` passes.
+    fn command(&self, who: Who) -> Command {
+        let mut command = self.plain_command();
+        if let Some(since) = who.since {
+            command.env("FORKRING_SINCE", self.files.path(since));
+        }
+        command
+    }
+
+    fn plain_command(&self) -> Command {
         let pools = POOLS.map(|(name, workers)| match name {
             // Over a stream large ones come in parts.
             "echo" => format!("echo:{workers}=echo:2KiB"),
@@ -161,7 +207,7 @@ impl House {
         self.has_crashed("supervisor", &dead.log());
         self.left.replace(Some(dead.leave()));
         until("the end of all", || segment::inspect(&self.name).map_or(true, |info| !info.alive).then_some(())).await;
-        Server::start(self.name.clone(), self.command(), Files::new()).await
+        Server::start(self.name.clone(), self.plain_command(), Files::new()).await
     }
 
     /// Whoever died was to die.
@@ -171,7 +217,7 @@ impl House {
     }
 
     fn kills(&self, who: &str) -> bool {
-        self.kill.as_ref().is_some_and(|kill| kill.who == who)
+        self.kill.as_ref().is_some_and(|kill| kill.who.name == who)
     }
 
     /// Sees to it that there is a server.
@@ -304,6 +350,8 @@ impl House {
             self.cancels()
         );
         self.lose_the_front().await;
+        self.lose_a_worker().await;
+        self.later.set(true);
         self.settle().await;
         self.drain().await;
     }
@@ -412,35 +460,73 @@ impl House {
         }
     }
 
-    /// The front is killed while items are in each phase.
+    /// The pid of a child that lives, if it does.
+    fn find(&self, name: &str) -> Option<i32> {
+        let server = self.server.borrow();
+        server.as_ref()?.children().into_iter().find(|child| child.name == name).map(|child| child.pid)
+    }
+
+    /// Makes a child stand still; its pid. It may have died by itself.
+    async fn stop(&self, name: &str) -> i32 {
+        let pid = until(name, || self.find(name)).await;
+        let _ = kill(Pid::from_raw(pid), Signal::SIGSTOP);
+        until("one that stands still", || (is_stopped(pid) || !is_alive(pid)).then_some(())).await;
+        pid
+    }
+
+    /// Kills a child that stands still, so that whoever passes a point since then is another, and waits for that.
+    async fn lose(&self, name: &str, pid: i32, since: &str) {
+        self.files.make(since);
+        let _ = kill(Pid::from_raw(pid), Signal::SIGKILL);
+        until("another", || self.find(name).filter(|other| *other != pid)).await;
+    }
+
+    /// The front is killed while there are items of each kind in each phase.
     async fn lose_the_front(&self) {
-        let calls = [self.spawn_call(self.hold("held"))];
+        let (ends, waits) = (self.hold("ended"), self.hold("held"));
+        let (ends_id, waits_id) = (ends.id, waits.id);
+        let in_work = self.spawn_call(ends);
+        until("a call in work", || (self.phase(ends_id) == Some(CLAIMED) || in_work.is_finished()).then_some(())).await;
         let held = self.submit(|| vec![self.hold("held")]).await;
         let look = |ids: &[u64], phase| ids.iter().all(|id| self.phase(*id) == Some(phase) || self.is_over(*id));
         until("items in work", || look(&held, CLAIMED).then_some(())).await;
         self.submit(|| vec![self.hold("held"), self.expired(), self.hold("held")]).await;
-        let calls = calls.into_iter().chain([self.spawn_call(self.hold("held"))]);
-        let done = self.submit(|| [10, 5_000].map(|len| self.echo(len, 0).with_subscription(LATER)).into()).await;
-        until("results", || look(&done, DONE).then_some(())).await;
+        let waiting = self.spawn_call(waits);
+        until("a call that waits", || (self.phase(waits_id) == Some(READY) || waiting.is_finished()).then_some(()))
+            .await;
+        self.submit_for_later().await;
 
         self.front_was_killed.set(true);
-        let find = || {
-            let server = self.server.borrow();
-            server.as_ref()?.children().into_iter().find(|child| child.name == "forkring-front").map(|front| front.pid)
-        };
-        let front = until("a front", find).await;
-        // It may have died by itself.
-        let _ = kill(Pid::from_raw(front), Signal::SIGKILL);
-        until("another front", || find().filter(|pid| *pid != front)).await;
+        let front = self.stop("forkring-front").await;
+        // A call that is done, and whose caller has not been told.
+        self.files.make("ended");
+        until("a call that is done", || (self.phase(ends_id) != Some(CLAIMED)).then_some(())).await;
+        self.lose("forkring-front", front, FRONT_LOST).await;
         self.files.make("held");
-        for call in calls {
+        for call in [in_work, waiting] {
             match soon("an answer", call).await.expect("a task") {
                 Ok(result) => self.ledger.check(&result),
                 Err(status) => self.broke(&status),
             }
         }
         self.call(self.echo(7, 0)).await;
-        self.later.set(true);
+    }
+
+    /// A worker is killed while results of its wait for a subscriber, and items for its successor.
+    async fn lose_a_worker(&self) {
+        let other = self.stop("forkring-w1").await;
+        self.submit_for_later().await;
+        let worker = self.stop("forkring-w0").await;
+        let waiting = self.submit(|| [10, 30_000].map(|len| self.echo(len, 0)).into()).await;
+        self.lose("forkring-w0", worker, WORKER_LOST).await;
+        until("what waited", || waiting.iter().all(|id| self.is_over(*id)).then_some(())).await;
+        let _ = kill(Pid::from_raw(other), Signal::SIGCONT);
+    }
+
+    /// Has results that nobody fetches yet.
+    async fn submit_for_later(&self) {
+        let done = self.submit(|| [10, 5_000].map(|len| self.echo(len, 0).with_subscription(LATER)).into()).await;
+        until("results", || done.iter().all(|id| self.phase(*id) == Some(DONE)).then_some(())).await;
     }
 
     fn is_over(&self, id: u64) -> bool {
@@ -461,13 +547,7 @@ impl House {
         self.at_rest().await;
         // And no memory leaked: the largest item fits, at each worker while the other stands still.
         for number in [0, 1] {
-            let name = format!("forkring-w{}", 1 - number);
-            let find = || {
-                let server = self.server.borrow();
-                server.as_ref()?.children().into_iter().find(|child| child.name == name).map(|other| other.pid)
-            };
-            let other = Pid::from_raw(until("a worker", find).await);
-            let _ = kill(other, Signal::SIGSTOP);
+            let other = Pid::from_raw(self.stop(&format!("forkring-w{}", 1 - number)).await);
             let result = self.call(self.echo(LARGEST, 0)).await;
             // Each has sent partial results, whoever was faster before.
             self.stream(&[9_000]).await;

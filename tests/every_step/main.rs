@@ -6,7 +6,7 @@
 //! point, n) with that process killed when it passes that point for the n-th time.
 //!
 //! `FORKRING_TEST_STEPS=N` is the most n of a point; by default it is 1, and `all` is as often as it is passed.
-//! `FORKRING_TEST_STEP=WHO/POINT:N` is that one only.
+//! `FORKRING_TEST_STEP=WHO/POINT:N` is that one only, as the list of what went wrong has it.
 
 #[path = "../common/mod.rs"]
 mod common;
@@ -22,7 +22,7 @@ use std::{
 };
 
 use common::Files;
-use house::{House, Kill};
+use house::{FRONT_LOST, House, Kill, WORKER_LOST, Who};
 
 /// Servers at a time: they wait much and work little.
 const AT_ONCE: usize = 3;
@@ -36,14 +36,14 @@ fn most() -> u64 {
 }
 
 /// How often a process passes each point, most of its incarnations.
-fn passes(who: &str) -> BTreeMap<String, u64> {
+fn passes(who: Who) -> BTreeMap<String, u64> {
     let files = Files::new();
     let passes = files.path("passes");
-    common::run(House::live(None, Some(passes)));
+    common::run(House::list_passes(who, passes));
     let mut counts: HashMap<(String, String), u64> = HashMap::new();
     for line in files.lines("passes") {
         let words: Vec<_> = line.split(' ').collect();
-        if words[0] == who {
+        if words[0] == who.name {
             *counts.entry((words[1].to_owned(), words[2].to_owned())).or_default() += 1;
         }
     }
@@ -55,7 +55,8 @@ fn passes(who: &str) -> BTreeMap<String, u64> {
     most
 }
 
-fn kill_at_every_step(who: &'static str, needed: &[&str]) {
+fn kill_at_every_step(name: &'static str, since: Option<&'static str>, needed: &[&str]) {
+    let who = Who { name, since };
     let passes = passes(who);
     for point in needed {
         assert!(passes.contains_key(*point), "{who} never passes {point}: {passes:?}");
@@ -72,7 +73,7 @@ fn kill_at_every_step(who: &'static str, needed: &[&str]) {
             scope.spawn(|| {
                 loop {
                     let Some(kill) = waiting.lock().unwrap().pop() else { break };
-                    let case = || common::run(House::live(Some(kill.clone()), None));
+                    let case = || common::run(House::die_in(&kill));
                     match catch_unwind(AssertUnwindSafe(case)) {
                         Ok(true) => {}
                         Ok(false) => missed.lock().unwrap().push(kill),
@@ -94,20 +95,34 @@ fn kill_at_every_step(who: &'static str, needed: &[&str]) {
 #[test]
 fn of_a_worker() {
     let needed = ["take.claimed", "complete.written", "complete.done", "complete.told", "worker.stopped"];
-    kill_at_every_step("w0", &[&needed[..], &["partial.written", "partial.put", "partial.told"]].concat());
+    kill_at_every_step("w0", None, &[&needed[..], &["partial.written", "partial.put", "partial.told"]].concat());
 }
 
 #[test]
 fn of_the_front() {
     let needed = ["offer.ready", "collect.held", "returns.told", "updates.sent", "release.freed", "cancel.freed"];
     let others = ["expire.done", "partial.copied", "partial.taken", "partial.credited"];
-    kill_at_every_step("front", &[&needed[..], &others].concat());
+    kill_at_every_step("front", None, &[&needed[..], &others].concat());
 }
 
 #[test]
 fn of_the_supervisor() {
     kill_at_every_step(
         "supervisor",
+        None,
         &["segment.made", "supervisor.forked", "sweep.ready", "sweep.done", "supervisor.ended"],
     );
+}
+
+/// It finds items in each phase.
+#[test]
+fn of_a_front_that_takes_over() {
+    let needed = ["attach.cancelled", "attach.freed", "attach.scanned", "attach.told", "front.attached"];
+    kill_at_every_step("front", Some(FRONT_LOST), &needed);
+}
+
+/// It finds results that nobody has fetched.
+#[test]
+fn of_a_worker_that_takes_over() {
+    kill_at_every_step("w0", Some(WORKER_LOST), &["worker.attached", "take.claimed", "complete.done"]);
 }
