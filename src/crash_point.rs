@@ -10,7 +10,8 @@
 //! | `FORKRING_PASSES=FILE` | each pass appends a line `WHO PID POINT` |
 //! | `FORKRING_SINCE=FILE` | no pass counts before there is such a file: for who comes later, and finds something there |
 //!
-//! WHO is the name of the process without `forkring-`: `front`, `w0`, `w1`, and `supervisor` for the parent of all.
+//! WHO is the name of the process without `forkring-`: `front`, `w0`, `w1`, `n0` for the first pool's nursery, and `supervisor`
+//! for the parent of all.
 
 /// Passes a named point. The name is `module.step`, the step being the one that was just made.
 macro_rules! crash_point {

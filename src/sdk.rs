@@ -110,6 +110,7 @@ use rustix::io::Errno;
 use crate::{
     config::Spin,
     contract::{Contract, ContractError, VARIABLE},
+    crash_point::crash_point,
     dispatch::{Bells, Open, Topology, Worker},
     doorbell::Bell,
     handler::{Failure, Handler, Item, Reply},
@@ -221,7 +222,9 @@ impl Attached {
         }
         let worker = Worker::attach(segment, topology, bells, contract.worker).ok_or(AttachError::Mismatch)?;
         let max_message = usize::try_from(contract.max_message).map_err(|_| AttachError::Mismatch)?;
+        crash_point!("sdk.attached");
         arrival.ring()?;
+        crash_point!("sdk.arrived");
         Ok(Attached {
             worker,
             timers,
@@ -268,6 +271,7 @@ impl Attached {
         loop {
             let claimed = self.worker.take()?;
             self.worker.chain();
+            crash_point!("sdk.taken");
             let began = process::now();
             let refusal = worker::refusal(&claimed, began);
             let open = match refusal {
@@ -293,12 +297,15 @@ impl Attached {
     pub fn arm(&self, for_items: bool) -> bool {
         // Who takes no more does not look for any.
         let armed = self.worker.arm(for_items && !self.is_retiring());
+        crash_point!("sdk.armed");
         armed && (self.knows_the_end.get() || !self.is_over())
     }
 
     /// The counterpart of [`Attached::arm`]: forgets the rings so far. Look at everything that is waited for after it.
     pub fn disarm(&self) -> io::Result<()> {
-        self.worker.disarm()
+        let disarmed = self.worker.disarm();
+        crash_point!("sdk.disarmed");
+        disarmed
     }
 
     /// What rings, for waiting or for an event loop: the descriptor is readable from a ring to the next
@@ -310,6 +317,9 @@ impl Attached {
     /// Whether the server stops, or another worker is to take this one's place. Then take and finish what there is, and leave.
     pub fn is_stopping(&self) -> bool {
         let is_stopping = self.is_over();
+        if is_stopping {
+            crash_point!("sdk.stopping");
+        }
         self.knows_the_end.set(is_stopping);
         is_stopping
     }

@@ -433,8 +433,10 @@ impl Supervisor {
         let seat = &mut self.seats[at];
         if let (Some(_), Some(bell)) = (&seat.child, &seat.arrival) {
             bell.drain()?;
+            crash_point!("arrival.drained");
             seat.record.arrive(Instant::now());
             self.segment.set_liveness(seat.slot, seat.liveness());
+            crash_point!("arrival.registered");
             self.ring_fronts();
         }
         Ok(())

@@ -68,7 +68,7 @@ async fn assert_nothing_left(server: &Server) {
     drop(results);
     let mut faults = Vec::new();
     for _ in 0..PATIENCE.as_millis() / 5 {
-        faults = faults_at_rest(server);
+        faults = faults_at_rest(server, &[]);
         if faults.is_empty() {
             return;
         }

@@ -7,6 +7,7 @@
 //!
 //!     cargo run --example handlers -- --config settings.toml fail panic
 
+mod items;
 mod many;
 
 use std::{
@@ -23,6 +24,7 @@ use clap::Parser;
 use forkring::{
     Code, Failure, Handler, Item, Pool, Program, Reply, Server, config::Config, process::now, sdk::Attached,
 };
+use items::{hold, note, number, text, wait};
 
 /// Serve handlers that succeed, fail, panic and crash
 #[derive(Parser)]
@@ -226,24 +228,6 @@ fn cancel(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
     Err(if item.remaining() == Some(Duration::ZERO) { Failure::deadline() } else { Failure::cancelled() })
 }
 
-/// Works until there is a file of the name that the metadata gives, whoever waits, and echoes.
-fn hold(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
-    note(item, "journal", &format!("{} began in {}", item.id(), std::process::id()))?;
-    wait(item);
-    reply.write(item.payload())?;
-    Ok(())
-}
-
-/// Waits for the file that the item's metadata names, if any.
-fn wait(item: &Item<'_>) {
-    if let Some(until) = item.metadata("until") {
-        let until = PathBuf::from(until);
-        while !until.exists() {
-            thread::sleep(Duration::from_millis(1));
-        }
-    }
-}
-
 /// Sends as many parts as the payload says, of as many bytes as the metadata says: over `Process` each as it is made. Before
 /// the part that the metadata's `at` names it waits as `hold` does. What it has sent it notes.
 fn parts(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
@@ -306,21 +290,6 @@ impl Handler for Count {
         write!(reply, "{}", self.items)?;
         Ok(())
     }
-}
-
-/// Appends a line to the file that the item's metadata names, if any. One write, so that lines do not mix.
-fn note(item: &Item<'_>, key: &str, line: &str) -> io::Result<()> {
-    let Some(path) = item.metadata(key) else { return Ok(()) };
-    OpenOptions::new().create(true).append(true).open(path)?.write_all(format!("{line}\n").as_bytes())
-}
-
-fn number(item: &Item<'_>) -> Result<usize, Failure> {
-    let wrong = |error| Failure::new(Code::InvalidArgument, "NOT_A_NUMBER", error);
-    text(item.payload())?.trim().parse().map_err(wrong)
-}
-
-fn text(bytes: &[u8]) -> Result<&str, Failure> {
-    std::str::from_utf8(bytes).map_err(|error| Failure::new(Code::InvalidArgument, "NOT_TEXT", error))
 }
 
 fn main() -> anyhow::Result<()> {

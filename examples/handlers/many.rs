@@ -9,7 +9,7 @@ use forkring::{
     sdk::{Attached, OpenItem},
 };
 
-use super::{note, number};
+use super::items::{note, number};
 
 /// How many at once.
 const MOST: usize = 8;

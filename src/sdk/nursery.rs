@@ -33,6 +33,7 @@ use crate::{
         ContractError,
         nursery::{self, News, Order, VARIABLE},
     },
+    crash_point::crash_point,
     process,
 };
 
@@ -67,7 +68,9 @@ impl Nursery {
 
     /// Says that all is loaded.
     pub fn ready(&self) -> io::Result<()> {
-        self.tell(&News::Ready)
+        self.tell(&News::Ready)?;
+        crash_point!("sdk.ready");
+        Ok(())
     }
 
     /// Waits until a worker is wanted. It never ends in vain: the nursery is killed when no more are.
@@ -79,6 +82,7 @@ impl Nursery {
                 received => break received?,
             }
         };
+        crash_point!("sdk.ordered");
         let order = serde_json::from_slice(&text[..len]);
         self.order = Some(order.map_err(|error| ContractError::Malformed { variable: "an order", error })?);
         Ok(())
@@ -86,7 +90,10 @@ impl Nursery {
 
     /// Says that the worker is there, and the supervisor's child.
     pub fn born(&self, pid: u32) -> io::Result<()> {
-        self.tell(&News::Born(pid))
+        crash_point!("sdk.forked");
+        self.tell(&News::Born(pid))?;
+        crash_point!("sdk.born");
+        Ok(())
     }
 
     /// Says why it is not.
@@ -106,6 +113,7 @@ impl Nursery {
             return Err(AttachError::NotItsChild);
         }
         let _ = fs::write("/proc/self/comm", format!("forkring-w{}", order.contract.worker));
+        crash_point!("sdk.settled");
         order.cpu.map_or(Ok(()), process::keep_to)?;
         order.memory.map_or(Ok(()), process::limit_memory)?;
         Ok(order.variables.clone())

@@ -28,6 +28,7 @@ use crate::{
         self,
         nursery::{News, Order},
     },
+    crash_point::crash_point,
     dispatch::Topology,
     process::{self, Child},
     program::Program,
@@ -94,7 +95,10 @@ impl Nursery {
         match &self.process {
             None => self.restart_at = Some(Instant::now()),
             Some(process) => match process.child.kill() {
-                Ok(()) => self.is_renewed = true,
+                Ok(()) => {
+                    crash_point!("nursery.renewed");
+                    self.is_renewed = true;
+                }
                 Err(error) => tracing::error!(%error, "cannot end a nursery"),
             },
         }
@@ -142,6 +146,7 @@ impl Supervisor {
                 continue;
             }
             let sent = self.order(seat).and_then(|order| process.socket.send(&order));
+            crash_point!("nursery.ordered");
             let nursery = &mut self.nurseries[at];
             nursery.asked.pop_front();
             match sent {
@@ -172,6 +177,7 @@ impl Supervisor {
             EXIT_HOPELESS
         })?;
         let Some(child) = child else { return Ok(false) };
+        crash_point!("nursery.forked");
         tracing::debug!(process = name, pid = child.pid(), "started");
         let nursery = &mut self.nurseries[at];
         nursery.restart_at = None;
@@ -229,6 +235,7 @@ impl Supervisor {
                     tracing::debug!(pool = self.pools[usize::from(nursery.pool)].name, "a nursery is ready");
                 }
                 Ok(Some(News::Born(pid))) => {
+                    crash_point!("nursery.heard");
                     let Some(seat) = self.nurseries[at].ordered.take() else { continue };
                     let ours =
                         if self.knows(pid) { Err(io::ErrorKind::AlreadyExists.into()) } else { Child::adopted(pid) };
@@ -265,6 +272,7 @@ impl Supervisor {
         let Some(Process { child, .. }) = nursery.process.take() else { return Ok(()) };
         let pid = child.pid();
         let cause = cause(child.reap()?);
+        crash_point!("nursery.reaped");
         // The worker on its way has read that it has no nursery, and ends: it is nobody yet.
         if let Some(seat) = nursery.ordered.take() {
             nursery.asked.push_front(seat);
@@ -287,6 +295,7 @@ impl Supervisor {
             if let Some(Err(error)) = child.map(|child| child.kill().and_then(|()| child.peek())) {
                 tracing::error!(%error, "cannot end a nursery");
             }
+            crash_point!("nursery.ended");
             // Whoever was born before that is known after this.
             self.hear(at);
             let nursery = &mut self.nurseries[at];

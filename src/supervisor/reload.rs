@@ -31,6 +31,7 @@ use rustix::{
 
 use super::{Event, Supervisor};
 use crate::{
+    crash_point::crash_point,
     program::{Check, Program},
     segment::{Slot, Stage},
 };
@@ -167,6 +168,7 @@ impl Reload {
     fn finish(&mut self, at: usize) -> io::Result<Vec<u16>> {
         let Some(check) = self.apps[at].check.take() else { return Ok(Vec::new()) };
         let (status, files) = check.finish()?;
+        crash_point!("reload.checked");
         let app = &mut self.apps[at];
         app.is_broken = !status.success();
         let handler = &app.program;
@@ -234,11 +236,13 @@ impl Supervisor {
         if seat.child.is_some() {
             seat.is_retiring = true;
             self.segment.set_liveness(seat.slot, seat.liveness());
+            crash_point!("reload.retiring");
             if let Slot::Worker(number) = seat.slot
                 && let Err(error) = self.bells.worker(number).ring()
             {
                 tracing::error!(%error, "cannot ring a worker");
             }
+            crash_point!("reload.rung");
             self.ring_fronts();
         } else if seat.restart_at.is_some() {
             // What it died of may be mended.

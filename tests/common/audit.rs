@@ -344,8 +344,8 @@ impl Copy {
     }
 
     /// What is wrong with who is there, in a server that waits for work: everybody lives, is known by pid and start time,
-    /// and sleeps where it can be woken.
-    fn faults_of_processes(&self, supervisor: i32) -> Vec<String> {
+    /// and sleeps where it can be woken: the front and those workers that may have many items in hand at their own doors, too.
+    fn faults_of_processes(&self, supervisor: i32, holders: &[u64]) -> Vec<String> {
         let mut faults = Vec::new();
         for n in 1..1 + self.fronts + self.workers {
             let at = self.registry + n * BLOCK;
@@ -358,8 +358,9 @@ impl Copy {
         for n in 0..1 + self.fronts + self.workers {
             let door = self.doors + n * BLOCK;
             let is_front = (1..1 + self.fronts).contains(&n);
+            let is_holder = holders.iter().any(|worker| 1 + self.fronts + worker == n);
             let (sleeps, rescan) = (self.u64(door), self.u64(door + 8));
-            if (sleeps, rescan) != (is_front.into(), 0) {
+            if (sleeps, rescan) != ((is_front || is_holder).into(), 0) {
                 faults.push(format!("the door of participant {n}: sleeps {sleeps}, rescan {rescan}"));
             }
         }
@@ -374,10 +375,11 @@ impl Copy {
     }
 }
 
-/// What keeps a server from being at rest: something is in its segment, or somebody is missing.
-pub fn faults_at_rest(server: &Server) -> Vec<String> {
+/// What keeps a server from being at rest: something is in its segment, or somebody is missing. `holders` are the workers that
+/// may have many items in hand.
+pub fn faults_at_rest(server: &Server, holders: &[u64]) -> Vec<String> {
     match Copy::read(&server.segment()) {
-        Ok(copy) => [copy.faults_when_idle(), copy.faults_of_processes(server.pid())].concat(),
+        Ok(copy) => [copy.faults_when_idle(), copy.faults_of_processes(server.pid(), holders)].concat(),
         Err(fault) => vec![fault],
     }
 }

@@ -30,13 +30,19 @@ use crate::{
         soon, until,
     },
     ledger::{Ledger, Wanted},
+    program,
 };
 
-/// Pools, and the numbers of their workers.
+/// Pools, and the numbers of their workers. Behind them comes `many`, see [`program`].
 const POOLS: [(&str, u64); 3] = [("echo", 2), ("die", 2), ("hold", 2)];
 /// The subscription that has a subscriber all the time, and one that gets it late.
 const MINE: &str = "mine";
 const LATER: &str = "later";
+/// The workers of `many`, and who forks them.
+const MANY: [&str; 2] = ["forkring-w6", "forkring-w7"];
+const NURSERY: &str = "forkring-n3";
+/// Workers that may have many items in hand.
+const HOLDERS: [u64; 1] = [6];
 /// About the largest payload, and an arena that it only fits if little else is in it.
 const LARGEST: usize = (512 << 10) - 64;
 const ARENA: &str = "576KiB";
@@ -62,7 +68,7 @@ pub const FRONT_LOST: &str = "front-lost";
 pub const WORKER_LOST: &str = "worker-lost";
 
 /// A process, and whether it is one that has come since something was lost.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 pub struct Who {
     pub name: &'static str,
     pub since: Option<&'static str>,
@@ -131,7 +137,7 @@ impl House {
         command.env("FORKRING_CRASH", kill.spec());
         command.env("FORKRING_CRASHED", house.files.path("crashed"));
         house.live(command).await;
-        house.files.path("crashed").exists()
+        house.was_killed()
     }
 
     /// The same with a list of what is passed that would count for a death.
@@ -146,6 +152,7 @@ impl House {
         let files = Files::new();
         fs::write(files.path("die.sh"), DIE).expect("a file");
         fs::write(files.path("hold.sh"), HOLD).expect("a file");
+        files.make("app.py");
         House {
             name: unique_name(),
             files,
@@ -188,6 +195,7 @@ impl House {
         });
         let mut command = serve_command(&self.name, &["--arena", ARENA, "--capacity", "32", "--spin", "1ms"]);
         command.args(pools.iter().flat_map(|pool| ["--pool", pool]));
+        program::interpret(&mut command, &self.files.name("app.py"));
         command.args(["--parent", &std::process::id().to_string()]);
         command
     }
@@ -213,7 +221,11 @@ impl House {
     /// Whoever died was to die.
     #[track_caller]
     fn has_crashed(&self, who: &str, log: &str) {
-        assert!(self.kills(who) && self.files.path("crashed").exists(), "the {who} ended by itself\n{log}");
+        assert!(self.kills(who) && self.was_killed(), "the {who} ended by itself\n{log}");
+    }
+
+    fn was_killed(&self) -> bool {
+        self.files.path("crashed").exists()
     }
 
     fn kills(&self, who: &str) -> bool {
@@ -325,6 +337,13 @@ impl House {
         WorkItem::new("hold", "").with_id(id).with_timeout(Duration::ZERO).with_subscription(MINE)
     }
 
+    /// One of several that a worker has in hand, until there is a file of that name.
+    fn many(&self, until: &str) -> WorkItem {
+        let bytes = until.as_bytes().to_vec();
+        let id = self.ledger.issue(Wanted::Bytes(bytes.clone()));
+        WorkItem::new("many", bytes).with_id(id).with_subscription(MINE).with_metadata("until", self.files.name(until))
+    }
+
     fn die(&self, path: &str, wanted: Wanted) -> WorkItem {
         let id = self.ledger.issue(wanted);
         WorkItem::new("die", format!("{path}\n")).with_id(id).with_subscription(MINE)
@@ -347,8 +366,10 @@ impl House {
             self.calls(),
             self.stream(&[3, 30_000, 300, 9_000, 30_000]),
             self.deaths(),
-            self.cancels()
+            self.cancels(),
+            self.manifold()
         );
+        self.reload().await;
         self.lose_the_front().await;
         self.lose_a_worker().await;
         self.later.set(true);
@@ -410,6 +431,39 @@ impl House {
 
     async fn deaths(&self) {
         self.submit(|| vec![self.die_once(), self.die("/proc/never", Wanted::Crashed)]).await;
+    }
+
+    /// Waits until these are in work; or wait for that, if somebody was killed: then there may be twice as many.
+    async fn held(&self, ids: &[u64]) {
+        let is_held = |id: &u64| match self.phase(*id) {
+            Some(READY) => self.was_killed(),
+            phase => phase == Some(CLAIMED) || self.is_over(*id),
+        };
+        until("items in work", || ids.iter().all(is_held).then_some(())).await;
+    }
+
+    /// Items that are all in hand at once, one of them of the worker that takes no more.
+    async fn manifold(&self) {
+        let holder = Pid::from_raw(self.stop(MANY[0]).await);
+        let one = self.submit(|| vec![self.many("many")]).await;
+        self.held(&one).await;
+        let _ = kill(holder, Signal::SIGCONT);
+        let others = self.submit(|| (0..3).map(|_| self.many("many")).collect()).await;
+        self.held(&others).await;
+        self.files.make("many");
+    }
+
+    /// The app has changed: nursery and workers make room for others, those with items in hand when they are done.
+    async fn reload(&self) {
+        let find = || [NURSERY, MANY[0], MANY[1]].map(|name| self.find(name));
+        let before = find();
+        let ids = self.submit(|| (0..4).map(|_| self.many("reloaded")).collect()).await;
+        self.held(&ids).await;
+        self.files.make("app.py");
+        until("another nursery", || find()[0].filter(|nursery| Some(*nursery) != before[0])).await;
+        self.files.make("reloaded");
+        let are_others = || find().iter().zip(&before).all(|(now, before)| now.is_some() && now != before);
+        until("other workers", || are_others().then_some(())).await;
     }
 
     /// Calls that go away: two in work and one that waits.
@@ -488,8 +542,7 @@ impl House {
         let in_work = self.spawn_call(ends);
         until("a call in work", || (self.phase(ends_id) == Some(CLAIMED) || in_work.is_finished()).then_some(())).await;
         let held = self.submit(|| vec![self.hold("held")]).await;
-        let look = |ids: &[u64], phase| ids.iter().all(|id| self.phase(*id) == Some(phase) || self.is_over(*id));
-        until("items in work", || look(&held, CLAIMED).then_some(())).await;
+        self.held(&held).await;
         self.submit(|| vec![self.hold("held"), self.expired(), self.hold("held")]).await;
         let waiting = self.spawn_call(waits);
         until("a call that waits", || (self.phase(waits_id) == Some(READY) || waiting.is_finished()).then_some(()))
@@ -541,6 +594,7 @@ impl House {
         for priority in 0..4 {
             self.call(self.echo(20, priority)).await;
             self.call(self.hold("go").with_priority(priority)).await;
+            self.call(self.many("go").with_priority(priority)).await;
             let here = self.files.name(".");
             self.call(self.die(&here, Wanted::Bytes(b"survived\n".to_vec())).with_priority(priority)).await;
         }
@@ -586,7 +640,7 @@ impl House {
         let begin = Instant::now();
         loop {
             let faults = match &*self.server.borrow() {
-                Some(server) => audit::faults_at_rest(server),
+                Some(server) => audit::faults_at_rest(server, &HOLDERS),
                 None => vec!["no server".to_owned()],
             };
             if faults.is_empty() {
@@ -600,9 +654,8 @@ impl House {
     /// It ends in order, with all that was accepted. Only if the front dies now it takes the subscribers along, and what
     /// they have not got is counted.
     async fn drain(&self) {
-        let held = self.submit(|| vec![self.hold("end"), self.echo(50, 2)]).await;
-        until("an item in work", || (self.phase(held[0]) == Some(CLAIMED) || self.is_over(held[0])).then_some(()))
-            .await;
+        let held = self.submit(|| vec![self.hold("end"), self.many("end"), self.many("end"), self.echo(50, 2)]).await;
+        self.held(&held[..3]).await;
         self.draining.set(true);
         loop {
             let family = self.server.borrow().as_ref().map(Server::children).unwrap_or_default();
