@@ -158,6 +158,23 @@ impl Word {
     pub fn exchange(self, word: &AtomicU64, from: Word) -> Result<(), Word> {
         word.compare_exchange(from.0, self.0, AcqRel, Acquire).map(|_| ()).map_err(Word)
     }
+
+    /// READY → CLAIMED by this worker, if the item is READY in this generation and lane.
+    #[inline]
+    pub fn claim(word: &AtomicU64, generation: u32, lane: u8, worker: u16) -> Option<Self> {
+        // Try what it most likely is, without looking first: the line moves here once, for writing.
+        let mut ready = Word::new(generation, lane, 0, Phase::Ready, 0);
+        loop {
+            let claimed = ready.with(Phase::Claimed, worker);
+            match claimed.exchange(word, ready) {
+                Ok(()) => return Some(claimed),
+                Err(seen) if seen == Word::new(generation, lane, 0, Phase::Ready, seen.attempts()) && seen != ready => {
+                    ready = seen;
+                }
+                Err(_) => return None,
+            }
+        }
+    }
 }
 
 impl fmt::Debug for Word {

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Bells, Open, Phase, Reply, Topology, Word, lane_of, metadata,
+    Bells, Open, Reply, Topology, Word, lane_of, metadata,
     output::Output,
     reply::Draft,
     request::{self, Line},
@@ -342,25 +342,9 @@ impl<'s> Worker<'s> {
     }
 }
 
-/// Claims the item of a hint, if it is READY in that generation and lane.
+/// Claims the item of a hint, if there is such an item and it may be claimed.
 #[inline]
 fn claim(segment: &Segment, hint: Hint, lane: u8, worker: u16) -> Option<Word> {
-    if hint.index >= segment.geometry().items {
-        return None;
-    }
-    let word = &segment.item(hint.index).word;
-    // Try what it most likely is, without looking first: the line moves here once, for writing.
-    let mut ready = Word::new(hint.generation, lane, 0, Phase::Ready, 0);
-    loop {
-        let claimed = ready.with(Phase::Claimed, worker);
-        match claimed.exchange(word, ready) {
-            Ok(()) => return Some(claimed),
-            Err(seen)
-                if seen == Word::new(hint.generation, lane, 0, Phase::Ready, seen.attempts()) && seen != ready =>
-            {
-                ready = seen;
-            }
-            Err(_) => return None,
-        }
-    }
+    let is_one = hint.index < segment.geometry().items;
+    is_one.then(|| Word::claim(&segment.item(hint.index).word, hint.generation, lane, worker)).flatten()
 }

@@ -52,15 +52,17 @@ impl Item {
         ready.store(&self.word, free);
     }
 
-    /// As a worker does, with a hint of this generation.
+    /// As a worker does, with a hint of this generation; or as it must not.
     fn claim(&self, generation: u32, owner: u16) -> Option<Word> {
+        if self.by_generation {
+            return Word::claim(&self.word, generation, 0, owner);
+        }
         let mut ready = Word::new(generation, 0, 0, Phase::Ready, 0);
         loop {
             let claimed = ready.with(Phase::Claimed, owner);
             match claimed.exchange(&self.word, ready) {
                 Ok(()) => return Some(claimed),
                 Err(seen) if seen == ready || seen.phase() != Phase::Ready => return None,
-                Err(seen) if seen.generation() != generation && self.by_generation => return None,
                 Err(seen) => ready = seen,
             }
         }

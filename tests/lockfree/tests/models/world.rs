@@ -82,14 +82,14 @@ impl Item {
         }
     }
 
-    /// Looks first, where a worker tries at once: to loom a compare-exchange that fails has always seen the newest
-    /// value, to a processor it is a load like any other.
+    /// As a worker does, after a look: to loom a compare-exchange that fails has always seen the newest value, to a processor
+    /// it is a load like any other, and may fail for an older one.
     pub fn claim(&self, hint: Hint, owner: u16) -> bool {
         let seen = Word::load(&self.word);
-        if seen.with(seen.phase(), 0) != Word::new(hint.generation, 0, 0, Phase::Ready, seen.attempts()) {
+        if seen != Word::new(hint.generation, 0, 0, Phase::Ready, seen.attempts()) {
             return false;
         }
-        let claimed = seen.with(Phase::Claimed, owner).exchange(&self.word, seen).is_ok();
+        let claimed = Word::claim(&self.word, hint.generation, 0, owner).is_some();
         if claimed {
             self.was_claimed(hint);
             assert_eq!(self.payload.load(Relaxed), FILLED, "claimed before it was filled");
