@@ -151,6 +151,35 @@ fn a_worker_that_dies_of_a_wild_pointer_is_dead_like_any_other() {
 }
 
 #[test]
+fn a_worker_that_writes_to_a_request_dies_of_it_and_the_next_one_has_what_was_sent() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["wild", "hold"], "").await;
+        let client = server.client().await;
+        let (other, front) = (server.child("w1").await, server.child("front").await);
+        // Large, so that it is read in place: what is small is copied.
+        let payload: Vec<u8> = (0..70_000_u32).map(|at| (at % 251) as u8).collect();
+        let item = WorkItem { pool: "wild".into(), payload: payload.clone().into(), ..files.holding(1, "go") };
+        let call = tokio::spawn({
+            let client = client.clone();
+            async move { client.call(item).await }
+        });
+        let line = server.logged("a process died").await;
+        assert!(line.contains("was killed by SIGSEGV (11)") && line.contains("requeued=1 failed=0"), "{line}");
+        // Its second worker has it, and others go on.
+        assert_ne!(files.began(1).await[0], other);
+        assert_recovers(&client, &server).await;
+        files.make("go");
+        let result = soon("an answer", call).await.expect("a task").expect("a result");
+        assert_eq!(result.attempts, 2);
+        assert!(result.payload == payload, "the payload is unharmed");
+        assert_eq!((server.child("w1").await, server.child("front").await), (other, front), "nobody else noticed");
+        let log = server.drain().await;
+        assert_eq!(log.matches("a process died").count(), 1, "{log}");
+    });
+}
+
+#[test]
 fn garbage_on_any_page_is_survived_and_mended() {
     run(async {
         let server = Server::handlers(&["hold"], "workers = 8\ncapacity = 64").await;

@@ -41,7 +41,7 @@ struct Options {
     pools: Vec<String>,
 }
 
-const POOLS: [&str; 18] = [
+const POOLS: [&str; 19] = [
     "fail",
     "panic",
     "big",
@@ -56,6 +56,7 @@ const POOLS: [&str; 18] = [
     "hold",
     "hog",
     "scribble",
+    "wild",
     "trace",
     "parts",
     "program",
@@ -78,6 +79,7 @@ fn pool(name: &str) -> Option<Pool> {
         "hold" => Pool::new(name, hold),
         "hog" => Pool::new(name, hog),
         "scribble" => Pool::new(name, scribble),
+        "wild" => Pool::new(name, wild),
         "trace" => Pool::with_handler(name, Trace::default()),
         "parts" => Pool::new(name, parts),
         "program" | "many" => Pool::program(name, Program::new("/proc/self/exe").args(["--worker"])),
@@ -215,6 +217,20 @@ fn scribble(item: &Item<'_>, _: &mut Reply<'_, '_>) -> Result<(), Failure> {
         segment.write_all_at(&bytes, at)?;
     }
     std::process::abort()
+}
+
+/// Writes to its payload in the shared memory, as a wild pointer might, and dies of it: nobody may write there. The next worker
+/// holds the item as `hold` does.
+fn wild(item: &Item<'_>, reply: &mut Reply<'_, '_>) -> Result<(), Failure> {
+    if item.attempt() == 1 {
+        let byte: *mut u8 = std::ptr::with_exposed_provenance_mut(item.payload().as_ptr().expose_provenance());
+        // SAFETY: none, it is meant to fault. The page is mapped for reading only, so nothing is written.
+        #[allow(unsafe_code)]
+        unsafe {
+            byte.write_volatile(!item.payload()[0]);
+        }
+    }
+    hold(item, reply)
 }
 
 /// Works until nobody waits for the result any more, and notes that in the file that the metadata names.
