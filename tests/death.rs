@@ -2,10 +2,17 @@
 
 mod common;
 
-use std::{collections::BTreeMap, process::Command, time::Duration};
+use std::{
+    collections::BTreeMap,
+    env,
+    process::Command,
+    time::{Duration, Instant},
+};
 
 use common::{
-    Files, Server, assert_refused, assert_serves, failure,
+    Files, Server, assert_refused, assert_serves,
+    audit::{CLAIMED, Copy},
+    failure,
     processes::{children, is_alive, signal},
     program::{behind, finish},
     raw::{Raw, framed},
@@ -315,6 +322,12 @@ fn a_worker_that_was_stopped_idle_stalls_nobody() {
     });
 }
 
+/// How long a worker is stopped; FORKRING_TEST_STOP makes it so many seconds.
+fn stop() -> Duration {
+    let seconds = env::var("FORKRING_TEST_STOP").ok();
+    seconds.map_or(Duration::from_millis(100), |seconds| Duration::from_secs(seconds.parse().expect("a number")))
+}
+
 #[test]
 fn a_worker_that_was_stopped_at_work_keeps_its_item() {
     run(async {
@@ -328,8 +341,18 @@ fn a_worker_that_was_stopped_at_work_keeps_its_item() {
         for _ in 0..20 {
             assert_serves(&client, "hold").await;
         }
-        tokio::time::sleep(Duration::from_millis(100)).await;
+        let word = || {
+            let copy = Copy::read(&server.segment()).expect("a segment");
+            copy.in_use().into_iter().find_map(|(item, word)| (copy.id(item) == 1).then_some(word))
+        };
+        let (before, begin) = (word(), Instant::now());
+        assert_eq!(before.map(|word| word.phase), Some(CLAIMED));
+        while begin.elapsed() < stop() {
+            assert_serves(&client, "hold").await;
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
         assert!(!call.is_finished());
+        assert_eq!(word(), before, "nothing of its is reclaimed");
         signal(stopped, Signal::SIGCONT);
         let result = answer(call).await.expect("a result");
         assert_eq!(result.attempts, 1, "nobody took it from who was only stopped");
