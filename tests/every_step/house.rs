@@ -537,26 +537,30 @@ impl House {
 
     /// The front is killed while there are items of each kind in each phase.
     async fn lose_the_front(&self) {
-        let (ends, waits) = (self.hold("ended"), self.hold("held"));
-        let (ends_id, waits_id) = (ends.id, waits.id);
-        let in_work = self.spawn_call(ends);
-        until("a call in work", || (self.phase(ends_id) == Some(CLAIMED) || in_work.is_finished()).then_some(())).await;
+        let spawn = async |call: WorkItem, phase| {
+            let id = call.id;
+            let call = self.spawn_call(call);
+            let is_there = || (self.phase(id) == Some(phase) || call.is_finished()).then_some(());
+            until("a call", is_there).await;
+            call
+        };
+        let ended = self.many("ended");
+        let ends = ended.id;
+        let (done, in_work) = (spawn(ended, CLAIMED).await, spawn(self.hold("held"), CLAIMED).await);
         let held = self.submit(|| vec![self.hold("held")]).await;
         self.held(&held).await;
         self.submit(|| vec![self.hold("held"), self.expired(), self.hold("held")]).await;
-        let waiting = self.spawn_call(waits);
-        until("a call that waits", || (self.phase(waits_id) == Some(READY) || waiting.is_finished()).then_some(()))
-            .await;
+        let waiting = spawn(self.hold("held"), READY).await;
         self.submit_for_later().await;
 
         self.front_was_killed.set(true);
         let front = self.stop("forkring-front").await;
         // A call that is done, and whose caller has not been told.
         self.files.make("ended");
-        until("a call that is done", || (self.phase(ends_id) != Some(CLAIMED)).then_some(())).await;
+        until("a call that is done", || (self.phase(ends) != Some(CLAIMED)).then_some(())).await;
         self.lose("forkring-front", front, FRONT_LOST).await;
         self.files.make("held");
-        for call in [in_work, waiting] {
+        for call in [done, in_work, waiting] {
             match soon("an answer", call).await.expect("a task") {
                 Ok(result) => self.ledger.check(&result),
                 Err(status) => self.broke(&status),
