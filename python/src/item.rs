@@ -190,11 +190,7 @@ impl Item {
 
     /// Why it fails, if nobody waits for it any more.
     pub fn given_up(&self) -> Option<Failure> {
-        let seen = self.look(|item| (item.remaining() == Some(Duration::ZERO), item.is_cancelled()));
-        match seen.unwrap_or_default() {
-            (true, _) => Some(Failure::deadline()),
-            (false, is_cancelled) => is_cancelled.then(Failure::cancelled),
-        }
+        self.look(|item| item.given_up()).unwrap_or_default()
     }
 
     /// It will fail with this.

@@ -178,12 +178,8 @@ impl Running {
             if orders.to_end() {
                 self.end(&exit);
             }
-            if item.is_cancelled() {
-                return Err(if item.remaining().is_some_and(|left| left.is_zero()) {
-                    Failure::deadline()
-                } else {
-                    Failure::cancelled()
-                });
+            if let Some(failure) = item.given_up() {
+                return Err(failure);
             }
             if let Some(pipe) = &mut stdin {
                 match pipe.write(input) {

@@ -15,7 +15,7 @@ use std::{
 use super::{
     Bells, Claimed, Kind, Phase, ReplyError, Word,
     partial::{self, Entry, LEAD},
-    request::kind_of,
+    request::{self, kind_of},
     waiting::{Credit, Room, Waiter},
     wake,
 };
@@ -100,11 +100,7 @@ impl<'s> Target<'s> {
 
     /// Why nobody will take a partial result, if nobody will.
     pub fn end(&self) -> Option<ReplyError> {
-        let deadline = self.record.deadline.load(Relaxed);
-        if deadline != 0 && deadline <= now() {
-            return Some(ReplyError::Expired);
-        }
-        self.record.is_cancelled(self.word.generation()).then_some(ReplyError::Cancelled)
+        request::end(self.record, self.word.generation(), now)
     }
 
     /// Whether there is a free slot for the n-th partial result.

@@ -5,6 +5,7 @@
 
 use std::sync::atomic::Ordering::Relaxed;
 
+use super::ReplyError;
 use crate::{
     arena::{Block, Span},
     segment::{INLINE, ItemRecord, Segment},
@@ -19,6 +20,17 @@ pub enum Kind {
     Stream,
     /// Accepted for a subscription: a front's successor inherits it.
     Submit,
+}
+
+/// Why nobody waits for an item any more, if nobody does. What has expired and was given up for that has expired.
+pub(super) fn end(record: &ItemRecord, generation: u32, now: impl FnOnce() -> u64) -> Option<ReplyError> {
+    // Before the clock: if it were looked at after it, the deadline could have passed between, and the front have seen that.
+    let is_cancelled = record.is_cancelled(generation);
+    let deadline = record.deadline.load(Relaxed);
+    if deadline != 0 && deadline <= now() {
+        return Some(ReplyError::Expired);
+    }
+    is_cancelled.then_some(ReplyError::Cancelled)
 }
 
 const SUBMIT: u32 = 1 << 31;

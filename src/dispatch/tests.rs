@@ -277,6 +277,31 @@ fn an_item_knows_its_time() {
 }
 
 #[test]
+fn an_item_that_expires_while_it_is_asked_was_not_cancelled() {
+    let mut rig = rig("asked");
+    let deadline = 1000;
+    for (clock, is_given_up, end) in [
+        (deadline - 1, false, None),
+        (deadline - 1, true, Some(ReplyError::Cancelled)),
+        (deadline, false, Some(ReplyError::Expired)),
+        (deadline, true, Some(ReplyError::Expired)),
+    ] {
+        let index = rig.offer(Offer { deadline, ..CALL }, b"").unwrap();
+        let generation = rig.workers[0].take().unwrap().word.generation();
+        let record = rig.supervisor.item(index);
+        if is_given_up {
+            record.cancel(generation);
+        }
+        let asked = request::end(record, generation, || {
+            // Just after the clock was read the front sees that the time is over.
+            record.cancel(generation);
+            clock
+        });
+        assert_eq!(asked, end);
+    }
+}
+
+#[test]
 fn who_gives_up_gets_nothing_however_far_the_item_is() {
     let mut rig = rig("cancel");
     let waiting = rig.offer(CALL, &[1; 100]).unwrap();

@@ -10,7 +10,7 @@ use std::{
 };
 
 use super::{
-    Bells, Open, Reply, Topology, Word, lane_of, metadata,
+    Bells, Failure, Open, Reply, ReplyError, Topology, Word, lane_of, metadata,
     output::Output,
     reply::Draft,
     request::{self, Line},
@@ -135,7 +135,16 @@ impl<'a> Item<'a> {
     /// Whether nobody waits for the result any more: the client went away or gave up, or the deadline has passed. A
     /// handler that takes long does well to ask now and then.
     pub fn is_cancelled(&self) -> bool {
-        self.claimed.is_cancelled() || self.remaining() == Some(Duration::ZERO)
+        self.end().is_some()
+    }
+
+    /// The same, and which of the two it is: what the item fails with.
+    pub fn given_up(&self) -> Option<Failure> {
+        self.end().map(Failure::from)
+    }
+
+    fn end(&self) -> Option<ReplyError> {
+        request::end(self.claimed.record, self.claimed.word.generation(), now)
     }
 }
 
