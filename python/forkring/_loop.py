@@ -147,7 +147,8 @@ class _Worker:
         open = self._open.pop(item)
         if open.timer is not None:
             open.timer.cancel()
-        if self._hands_full or (self._native.stopping and not self._open):
+        # Its memory is another's, if it failed; nobody rings for that.
+        if self._hands_full or self._waiting or (self._native.stopping and not self._open):
             self._look_soon()
 
     async def _call(self, item: Item) -> None:
@@ -157,7 +158,7 @@ class _Worker:
         parts = self._handler(item)
         try:
             async for part in parts:
-                await self._put(self._native.send, item, part, None)
+                await self._put(self._native.send, item, part, patience)
                 # Others have their turn, and a cancel is heard of.
                 await asyncio.sleep(0)
         except BaseException:
@@ -166,7 +167,9 @@ class _Worker:
             raise
         finally:
             await parts.aclose()
-        await self._put(self._native.write, item, None, None)
+        await self._put(self._native.write, item, None, patience)
+        # A client that reads them is waited for, however slow it is.
+        patience = None if self._native.streams(item) else _PATIENCE
 
     async def _put(
         self, put: Callable[[Item, Any], bool], item: Item, value: Any, patience: Optional[float]
@@ -187,6 +190,8 @@ class _Worker:
     def _failure(self, item: Item, error: BaseException) -> Described:
         open = self._open[item]
         if not (isinstance(error, asyncio.CancelledError) and open.is_told):
+        # What there is of it has stepped aside, and may have been in another's way.
+        self._look_soon()
             return describe(error)
         if item.remaining() == 0:
             code, message = Code.DEADLINE_EXCEEDED, "the item's deadline has passed"

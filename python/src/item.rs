@@ -182,6 +182,11 @@ impl Item {
         Ok(self.with_reply(|reply| reply.try_send()).map_err(Failure::handler)??)
     }
 
+    /// Whether its client reads partial results as they are made.
+    pub fn is_streamed(&self) -> PyResult<bool> {
+        self.with_reply(|reply| reply.is_streamed())
+    }
+
     /// What to wait for before the next partial result can be sent; none, if it can.
     pub fn lacks_credit(&self) -> Result<Option<Credit<'static>>, Failure> {
         let credit = self.with_reply(|reply| reply.credit()).map_err(Failure::handler)?;

@@ -108,6 +108,12 @@ impl Worker {
         settle(item, sent.and_then(|written| if written { item.send() } else { Ok(false) }))
     }
 
+    /// Whether an item's client reads partial results as they are made, at its own pace.
+    #[staticmethod]
+    fn streams(item: &Bound<'_, Item>) -> PyResult<bool> {
+        item.get().is_streamed()
+    }
+
     /// Writes the result; False, if there is no room for it yet, and `may_wait` does not say to wait for it here.
     #[staticmethod]
     #[pyo3(signature = (item, result, may_wait = false))]

@@ -5,6 +5,7 @@ import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import forkring
 import grpc
 import pytest
 from harness import PATIENCE, error_of
@@ -132,8 +133,6 @@ def test_who_gives_up_cancels_the_task(serve, files, loop):
 
 
 def test_a_submitted_item_has_its_deadline_too(serve, files, loop):
-    import forkring
-
     app = serve("asynchronous.py:gate")
     with forkring.Client(app.address, pool="gate") as client:
         work = forkring.client.Work(b"x", id=9, metadata=files.metadata("never"), timeout=0.5)
@@ -239,6 +238,35 @@ def test_who_finds_no_room_waits_alone(serve, files, loop):
     with ThreadPoolExecutor() as readers:
         assert list(readers.map(read, streams)) == [[4_000_000] * 6] * 3
     until("their end", lambda: files.lines().count("closed") == 3)
+
+
+def blocks(count):
+    return b"".join(bytes([n]) * 1_000_000 for n in range(count))
+
+
+def test_parts_that_come_in_one_have_all_the_room_there_is(serve, files, loop):
+    # 20 MiB are the arena's, and the largest result may have 16.
+    app = serve("asynchronous.py:blocks")
+    for _ in range(2):
+        assert app.call("blocks", b"16", metadata=files.metadata()) == blocks(16)
+    # And so have those of many at once, one after the other.
+    calls = [app.begin("blocks", b"%d" % count, metadata=files.metadata()) for count in range(1, 17)]
+    for count, call in enumerate(calls, 1):
+        assert call.result().payload == blocks(count)
+
+
+@pytest.mark.parametrize("handler", ["asynchronous.py:one_by_one", "parts.py:blocks"])
+def test_parts_that_nobody_fetches_are_refused(serve, files, loop, handler):
+    app = serve(f"blocks={handler}")
+    with forkring.Client(app.address, pool="blocks") as client:
+        # Half of the arena is for results that wait for a subscriber.
+        metadata = files.metadata()
+        client.submit([forkring.Work(b"4", metadata=metadata) for _ in range(3)], subscription="s")
+        until("all to be over", lambda: files.lines().count("closed") == 3)
+        results = list(client.updates("s", limit=3, timeout=PATIENCE))
+    assert [result.payload for result in results if result.ok] == [blocks(4)] * 2
+    (error,) = [result.error for result in results if not result.ok]
+    assert (error.code, error.reason) == (forkring.Code.RESOURCE_EXHAUSTED, "RESULTS_FULL")
 
 
 def test_what_is_kept_is_nobody_elses_and_what_is_not_is_not_late(serve, files, loop):

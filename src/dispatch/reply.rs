@@ -52,6 +52,8 @@ pub(super) struct Draft<'s> {
     most: usize,
     len: usize,
     block: Option<Block>,
+    /// What there is, if it has stepped aside to wait for room. Then it has no block.
+    aside: Option<Box<[u8]>>,
     hold: Option<Hold>,
     /// How many partial results were sent.
     sent: u32,
@@ -61,7 +63,12 @@ impl<'s> Draft<'s> {
     /// An empty result of at most `most` bytes.
     #[inline(always)]
     pub fn of(claimed: &Claimed<'s>, most: usize) -> Self {
-        Draft { target: Target::of(claimed), most, len: 0, block: None, hold: None, sent: 0 }
+        Draft::new(Target::of(claimed), most)
+    }
+
+    #[inline(always)]
+    fn new(target: Target<'s>, most: usize) -> Self {
+        Draft { target, most, len: 0, block: None, aside: None, hold: None, sent: 0 }
     }
 }
 
@@ -108,6 +115,7 @@ impl<'s> Reply<'_, 's> {
     /// Throws away what was written.
     pub fn clear(&mut self) {
         self.draft.len = 0;
+        self.draft.aside = None;
     }
 
     /// The same, and forgets the memory that it was in: what is written next is elsewhere, if it was [held](Reply::hold).
@@ -118,11 +126,14 @@ impl<'s> Reply<'_, 's> {
 
     /// Sees to it that the result can become `len` bytes long without waiting; false, if there is no room for that yet. It is
     /// worth trying again when the worker's bell has rung.
+    ///
+    /// Until then what there is of the result is in private memory: what waits for room is in nobody's way, nor in its own.
     pub fn try_reserve(&mut self, len: usize) -> Result<bool, ReplyError> {
         let most = self.draft.most;
         if len > most {
             return Err(ReplyError::TooLarge { len, most });
         }
+        let len = len.max(self.draft.len);
         if len <= self.room() {
             return Ok(true);
         }
@@ -130,8 +141,19 @@ impl<'s> Reply<'_, 's> {
         if self.draft.len > 0 && self.grow(len.saturating_mul(2).min(most)).is_some() {
             return Ok(true);
         }
-        let block = self.output.borrow_mut().try_allocate(self.lead() + len, &self.draft.target);
-        Ok(block.map(|block| self.move_to(block)).is_some())
+        if self.move_if_there_is_room(len) {
+            return Ok(true);
+        }
+        if self.draft.block.is_none() {
+            return Ok(false);
+        }
+        let kept: Box<[u8]> = self.bytes().into();
+        self.free_block();
+        match self.line.0.get_mut(..kept.len()) {
+            Some(line) => line.copy_from_slice(&kept),
+            None => self.draft.aside = Some(kept),
+        }
+        Ok(self.move_if_there_is_room(len))
     }
 
     /// What to wait for before [`Reply::try_reserve`] is worth trying again. An error, if that has been waited for long enough.
@@ -214,6 +236,11 @@ impl<'s> Reply<'_, 's> {
         self.streams().map(|target| self.output.borrow().credit(target, self.draft.sent))
     }
 
+    /// Whether the item's client reads partial results as they are made, at its own pace.
+    pub fn is_streamed(&self) -> bool {
+        self.streams().is_some()
+    }
+
     /// The item, if its client reads partial results.
     fn streams(&self) -> Option<Target<'s>> {
         (self.draft.target.kind == Kind::Stream).then_some(self.draft.target)
@@ -225,12 +252,17 @@ impl<'s> Reply<'_, 's> {
     }
 
     fn room(&self) -> usize {
-        self.draft.block.as_ref().map_or(INLINE, |block| block.len() as usize - self.lead())
+        match (&self.draft.block, &self.draft.aside) {
+            (Some(block), _) => block.len() as usize - self.lead(),
+            (None, Some(_)) => 0,
+            (None, None) => INLINE,
+        }
     }
 
     fn bytes(&mut self) -> &mut [u8] {
         if self.draft.block.is_none() {
-            return self.line.0.get_mut(..self.draft.len).unwrap_or_default();
+            let place = self.draft.aside.as_deref_mut().unwrap_or(&mut self.line.0);
+            return place.get_mut(..self.draft.len).unwrap_or_default();
         }
         let lead = self.lead();
         let Output { segment, number, .. } = *self.output.borrow();
@@ -244,6 +276,7 @@ impl<'s> Reply<'_, 's> {
         if len > most {
             return Err(ReplyError::TooLarge { len, most });
         }
+        let len = len.max(self.draft.len);
         if len <= self.room() || self.grow(len).is_some() {
             return Ok(());
         }
@@ -270,6 +303,12 @@ impl<'s> Reply<'_, 's> {
         Ok(())
     }
 
+    /// Moves to a block with room for so many bytes, if there is one or results that are in its way are not needed any more.
+    fn move_if_there_is_room(&mut self, len: usize) -> bool {
+        let block = self.output.borrow_mut().try_allocate(self.lead() + len, &self.draft.target);
+        block.map(|block| self.move_to(block)).is_some()
+    }
+
     /// Moves to a block with room for so many bytes, if it can be had at once.
     fn grow(&mut self, len: usize) -> Option<()> {
         let block = self.output.borrow_mut().allocate_now(self.lead() + len, &self.draft.target)?;
@@ -290,6 +329,7 @@ impl<'s> Reply<'_, 's> {
 
     #[cold]
     fn free_block(&mut self) {
+        self.draft.aside = None;
         if let Some(old) = self.draft.block.take() {
             self.output.borrow_mut().give_back(Memory::Own(old), self.draft.hold.take());
         }
@@ -299,6 +339,11 @@ impl<'s> Reply<'_, 's> {
     // Not by value: a move of what was written field by field waits for the stores.
     #[inline(always)]
     pub fn complete(&mut self, claimed: Claimed<'_>, code: u32, claimed_at: u64, done_at: u64) {
+        if self.draft.aside.is_some()
+            && let Err(error) = self.move_to_block(self.draft.len)
+        {
+            return self.fail(claimed, &error.into(), claimed_at, done_at);
+        }
         if self.draft.block.is_some() {
             self.settle(&claimed);
         } else {
@@ -341,8 +386,7 @@ impl Drop for Reply<'_, '_> {
     #[inline(always)]
     fn drop(&mut self) {
         if let Some(home) = self.home.take() {
-            let target = self.draft.target;
-            let fresh = Draft { target, most: 0, len: 0, block: None, hold: None, sent: 0 };
+            let fresh = Draft::new(self.draft.target, 0);
             *home = Some(std::mem::replace(&mut self.draft, fresh));
         } else if self.draft.block.is_some() {
             self.free_block();

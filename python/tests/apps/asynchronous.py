@@ -1,6 +1,7 @@
 """Handlers on an event loop."""
 
 import asyncio
+import contextlib
 import json
 import os
 import sys
@@ -138,6 +139,22 @@ async def endless(item):
     finally:
         await asyncio.sleep(0)
         note(item, "closed")
+
+
+async def blocks(item):
+    """So many MB, of which each is a part."""
+    try:
+        for n in range(int(bytes(item.payload))):
+            yield bytes([n]) * 1_000_000
+    finally:
+        note(item, "closed")
+
+
+@forkring.concurrency(1)
+async def one_by_one(item):
+    async with contextlib.aclosing(blocks(item)) as parts:
+        async for part in parts:
+            yield part
 
 
 async def breaks(item):

@@ -79,6 +79,15 @@ def sleepy(item):
         thread.join()
 
 
+def blocks(item):
+    """So many MB, of which each is a part."""
+    try:
+        for n in range(int(bytes(item.payload))):
+            yield bytes([n]) * 1_000_000
+    finally:
+        note(item, "closed")
+
+
 def breaks(item):
     yield b"one"
     match bytes(item.payload):

@@ -324,6 +324,74 @@ fn an_open_item_ends_as_its_handler_says_and_never_not_at_all() {
 }
 
 #[test]
+fn what_waits_for_room_is_in_nobodys_way_nor_in_its_own() {
+    let mut rig = rig("aside");
+    let begun: Vec<_> = (0..ALL / 2).map(|n| (n % 251) as u8).collect();
+    type Way = fn(&mut Rig, &mut Reply<'_, '_>) -> usize;
+    // How it goes on, and how long it is in the end.
+    let ways: [Way; 5] = [
+        |_, reply| {
+            assert_eq!(reply.try_reserve(ALL), Ok(true));
+            ALL / 2
+        },
+        |_, reply| {
+            reply.write(&[0; 100]).unwrap();
+            reply.buffer(ALL / 2).unwrap();
+            ALL / 2
+        },
+        |_, reply| reply.buffer(100).unwrap().len(),
+        |rig, reply| {
+            rig.supervisor.set_stage(Stage::Stopping);
+            reply.clear();
+            assert_eq!(reply.try_reserve(INLINE), Ok(true), "for that it needs none");
+            0
+        },
+        // It ends as it is.
+        |_, _| ALL / 2,
+    ];
+    for way in ways {
+        let claimed = rig.claim(Kind::Call, 1);
+        let mut open = rig.workers[0].open_beside(&claimed, ALL, 0).unwrap();
+        open.reply().write(&begun).unwrap();
+        assert_eq!(open.reply().try_reserve(ALL), Ok(true), "alone it has all there is");
+        let mut reply = open.reply();
+        reply.discard();
+        reply.write(&begun).unwrap();
+        drop(reply);
+        let claimed = rig.claim(Kind::Call, 2);
+        let mut other = rig.workers[0].open_beside(&claimed, ALL, 0).unwrap();
+        other.reply().buffer(ALL / 4).unwrap();
+        for _ in 0..2 {
+            assert_eq!(open.reply().try_reserve(ALL), Ok(false));
+        }
+        assert_eq!(open.reply().len(), begun.len());
+        assert_eq!(other.reply().try_reserve(ALL / 4 * 3), Ok(true));
+        other.fail(&Failure::cancelled());
+        let len = way(&mut rig, &mut open.reply());
+        open.complete();
+        rig.front.collect().map(|done| rig.front.release(done.index)).unwrap();
+        let done = rig.front.collect().unwrap();
+        assert_eq!((done.outcome, rig.result(&done)), (Outcome::Success, begun[..len].to_vec()));
+        rig.front.release(done.index);
+        rig.supervisor.set_stage(Stage::Serving);
+        assert!(rig.has_room(Kind::Call, ALL));
+    }
+
+    // And if there never is any, it fails.
+    let claimed = rig.claim(Kind::Call, 3);
+    let mut open = rig.workers[0].open_beside(&claimed, ALL, 0).unwrap();
+    open.reply().write(&begun).unwrap();
+    rig.finish(Kind::Call, 4, ALL / 4);
+    assert_eq!(open.reply().try_reserve(ALL), Ok(false));
+    rig.finish(Kind::Call, 5, ALL / 2);
+    rig.supervisor.set_stage(Stage::Stopping);
+    open.complete();
+    let outcomes: Vec<_> = std::iter::from_fn(|| rig.front.collect()).map(|done| (done.id, done.outcome)).collect();
+    let failed = Outcome::Failure(Code::ResourceExhausted as u32);
+    assert_eq!(outcomes, [(4, Outcome::Success), (5, Outcome::Success), (3, failed)]);
+}
+
+#[test]
 fn who_waits_sleeps_until_it_is_rung_and_not_for_what_is_there() {
     let mut rig = rig("waits");
     let hour = Duration::from_secs(3600).as_nanos() as u64;
