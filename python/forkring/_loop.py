@@ -10,12 +10,14 @@ from __future__ import annotations
 import asyncio
 import importlib
 import select
+import sys
 from collections.abc import Callable
 from typing import Any, Optional
 
 from forkring._codes import Code
 from forkring._core import Item, Worker
-from forkring._errors import Abort, Described, describe
+from forkring._end import MOMENT, end
+from forkring._errors import Abort, Described, describe, format_traceback
 
 # As long as other workers wait for room for a result.
 _PATIENCE = 5.0
@@ -23,14 +25,27 @@ _PATIENCE = 5.0
 
 def run(handler: Callable[[Item], Any], yields: bool, most: int) -> None:
     """Until the server stops."""
-    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        worker = _Worker(handler, yields, most)
-        try:
-            runner.run(worker.run())
-        except BaseException:
-            # This process ends, and its items are another's: they are not to fail of being cancelled now.
-            worker.is_lost = True
-            raise
+    # It is not closed: it would wait for all tasks and threads of the handler's, however long they take.
+    runner = asyncio.Runner(loop_factory=_loop_factory())
+    try:
+        runner.run(_Worker(handler, yields, most).run())
+    except BaseException as error:
+        # At once, for its items are another's: if asyncio cleaned up they would fail of being cancelled.
+        print(format_traceback(error), file=sys.stderr)
+        end(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
+    runner.run(_finish())
+
+
+async def _finish() -> None:
+    """What tasks of the handler's own are left hear that this is the end."""
+    rest = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in rest:
+        task.cancel()
+    if rest:
+        done, _ = await asyncio.wait(rest, timeout=MOMENT)
+        for task in done:
+            if not task.cancelled() and (error := task.exception()) is not None:
+                print(format_traceback(error), file=sys.stderr)
 
 
 def _loop_factory() -> Optional[Callable[[], asyncio.AbstractEventLoop]]:
@@ -75,7 +90,6 @@ class _Worker:
         self._waiting: list[asyncio.Future[None]] = []
         self._looks_soon = False
         self._hands_full = False
-        self.is_lost = False
 
     async def run(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -139,8 +153,6 @@ class _Worker:
         try:
             await self._outcome(item)
         except BaseException as error:
-            if self.is_lost:
-                raise
             failure = self._failure(item, error)
         # Not before what the handler returned or raised is gone: views of the payload may be in it.
         self._native.end(item, failure)

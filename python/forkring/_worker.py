@@ -7,7 +7,6 @@ handler is `module:attribute` or `file.py:attribute`.
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import difflib
 import functools
@@ -19,9 +18,10 @@ import os
 import signal
 import sys
 from types import ModuleType
-from typing import Any, Callable, NoReturn
+from typing import Any, Callable
 
 from forkring import _core, _files, _preload
+from forkring._end import end, leave
 from forkring._errors import BadHandler, format_traceback
 from forkring._forms import BadForm, takes_a_batch, worker_of
 
@@ -169,21 +169,13 @@ def main(arguments: list[str]) -> int:
         return 2
     if nursery is not None:
         nursery.hand_over()
-    work(handler)
-    return 0
-
-
-def end(code: int) -> NoReturn:
-    """Ends the process, whatever threads the user's module has started: to wait for those would be to hang."""
-    # What Python itself runs behind that wait.
-    atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
-    os._exit(code)
+    try:
+        work(handler)
+    except BaseException as error:
+        print(format_traceback(error), file=sys.stderr)
+        return 1
+    leave()
 
 
 if __name__ == "__main__":
-    code = main(sys.argv[1:])
-    if code != 0 or "--check" in sys.argv:
-        end(code)
+    end(main(sys.argv[1:]))
