@@ -11,6 +11,7 @@ also before a fork and outside of any loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
@@ -82,7 +83,7 @@ class Client:
             grpc, stubs = self._stubs()
             try:
                 left = None if end is None else end - time.monotonic()
-                return result_of(await _grpc.own(stubs.call(item, timeout=left)))
+                return result_of(await _answer(_grpc.own(stubs.call(item, timeout=left))))
             except grpc.RpcError as failed:
                 error = error_of(failed)
             pause = retries.pause(error)
@@ -95,7 +96,7 @@ class Client:
         grpc, stubs = self._stubs()
         feed = _Feed(items, self._pool, subscription)
         try:
-            receipt = receipt_of(await _grpc.own(stubs.submit(feed.messages(), timeout=timeout)))
+            receipt = receipt_of(await _answer(_grpc.own(stubs.submit(feed.messages(), timeout=timeout))))
         except grpc.RpcError as failed:
             error = error_of(failed)
             raise error from error.__cause__
@@ -151,6 +152,23 @@ class Client:
         return made
 
 
+async def _answer(call: Any) -> Any:
+    with _told_from_a_cancel(call, "client"):
+        return await call
+
+
+@contextlib.contextmanager
+def _told_from_a_cancel(call: Any, what: str) -> Iterator[None]:
+    """Of a call that somebody else closes, gRPC says that this task is cancelled. Here that is an `Error`."""
+    try:
+        yield
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if call.cancelled() and not (task and task.cancelling()):
+            raise Error(Code.CANCELLED, "", f"the {what} was closed") from None
+        raise
+
+
 class Results(AsyncIterator[Result]):
     """A stream of results. It ends itself; leave it early with `close`, or by `async with`."""
 
@@ -165,7 +183,8 @@ class Results(AsyncIterator[Result]):
         if self._generation != _grpc.generation():
             raise ForkError(self._pid)
         try:
-            message = await self._call.read()
+            with _told_from_a_cancel(self._call, "stream"):
+                message = await self._call.read()
         except self._grpc.RpcError as failed:
             error = error_of(failed)
             raise error from error.__cause__

@@ -301,6 +301,57 @@ def test_ctrl_c_ends_a_call(server, gate):
     held.wait_until_killed()
 
 
+def test_what_another_task_closes_is_an_error_and_no_cancel(server, gate):
+    async def reads(results):
+        with pytest.raises(Error) as caught:
+            await results.__anext__()
+        return caught.value
+
+    async def calls(client, held):
+        with pytest.raises(Error) as caught:
+            await client.call(held.payload)
+        return caught.value
+
+    async def submits(client):
+        async def endless():
+            await asyncio.Event().wait()
+            yield b"x"
+
+        with pytest.raises(Error) as caught:
+            await client.submit(endless(), subscription="closed")
+        return caught.value
+
+    async def main():
+        async with aio.Client(server.address, pool="gate") as client:
+            held = gate()
+            results = client.process([held.payload])
+            reader = asyncio.ensure_future(reads(results))
+            await asyncio.to_thread(held.wait_until_begun)
+            await results.close()
+            error = await reader
+            assert (error.code, error.reason, error.message) == (Code.CANCELLED, "", "the stream was closed")
+            assert (await reads(results)).code is Code.CANCELLED, "also who comes later"
+            await asyncio.to_thread(held.wait_until_killed)
+
+            held = gate()
+            work = [calls(client, held), reads(client.process([gate().payload])), submits(client)]
+            tasks = [asyncio.ensure_future(one) for one in work]
+            await asyncio.to_thread(held.wait_until_begun)
+            await client.close()
+            assert [error.code for error in await asyncio.gather(*tasks)] == [Code.CANCELLED] * 3
+            assert tasks[0].result().message == "the client was closed"
+            await asyncio.to_thread(held.wait_until_killed)
+
+        # And a cancel of the reader's own task is that.
+        async with aio.Client(server.address, pool="gate") as client:
+            for work in (client.call(gate().payload), client.process([gate().payload]).__anext__()):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(SOON):
+                        await work
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
 def test_an_aio_client_follows_updates_of_what_it_submits(server):
     async def main():
         async with aio.Client(server.address, pool="echo") as client:
