@@ -6,13 +6,15 @@ import os
 import random
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from forkring import _messages
 from forkring._codes import Code
 
 Sendable = bytes | bytearray | memoryview | str | Any
 """What can be sent: any object with a buffer (a numpy array, for one), or text, which becomes UTF-8."""
+
+_Items = TypeVar("_Items")
 
 # Of the client itself, if the caller's options do not say otherwise.
 DEFAULTS = (
@@ -175,9 +177,19 @@ def bytes_of(payload: Sendable) -> bytes:
     if isinstance(payload, str):
         return payload.encode()
     try:
-        return memoryview(payload).tobytes()
+        view = memoryview(payload)
     except TypeError:
         raise TypeError(f"a payload is bytes, str or a buffer, not {type(payload).__name__}") from None
+    if "O" in view.format:
+        raise TypeError("a payload is no array of Python objects: give it a number type")
+    return view.tobytes()
+
+
+def items_of(items: _Items) -> _Items:
+    """The items of a stream, unless they are a payload: of one that is iterable each character or byte would be an item."""
+    if isinstance(items, (str, bytes, bytearray, memoryview, Work)):
+        raise TypeError("items is an iterable of payloads: write [payload]")
+    return items
 
 
 def item_of(work: Any, index: int, pool: str, subscription: str = "") -> Any:

@@ -14,11 +14,11 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
 from typing import Any
 
 from forkring import _grpc, _messages
-from forkring._types import DEFAULTS, Retries, error_of, item_of, receipt_of, result_of, target_of
+from forkring._types import DEFAULTS, Retries, error_of, item_of, items_of, receipt_of, result_of, target_of
 from forkring.client import (
     Code,
     Error,
@@ -211,7 +211,7 @@ class _Feed:
     are read."""
 
     def __init__(self, items: Items, pool: str, subscription: str = "") -> None:
-        self._items = items
+        self._items = items_of(items)
         self._pool = pool
         self._subscription = subscription
         self._error: Exception | None = None

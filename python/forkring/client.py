@@ -33,6 +33,7 @@ from forkring._types import (
     Work,
     error_of,
     item_of,
+    items_of,
     receipt_of,
     result_of,
     target_of,
@@ -214,7 +215,7 @@ class _Feed(Iterator[Any]):
     are read: gRPC, which reads this in a thread of its own, would only log it."""
 
     def __init__(self, items: Iterable[Any], pool: str, subscription: str = "") -> None:
-        self._items = iter(items)
+        self._items = iter(items_of(items))
         self._index = -1
         self._pool = pool
         self._subscription = subscription

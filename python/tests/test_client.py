@@ -12,6 +12,7 @@ import textwrap
 import threading
 import time
 
+import numpy
 import pytest
 from harness import GATE, PATIENCE, Server
 from programs import run_program
@@ -113,6 +114,20 @@ def test_payloads_are_text_or_any_buffer(client, payload, sent):
 def test_a_payload_that_is_none(client):
     with pytest.raises(TypeError, match="a payload is bytes, str or a buffer, not int"):
         client.call(7)
+
+
+def test_an_array_of_objects_is_no_payload(client):
+    with pytest.raises(TypeError, match="no array of Python objects"):
+        client.call(numpy.array([object()]))
+    with pytest.raises(TypeError, match="no array of Python objects"):
+        list(client.process([numpy.array([("a", 1)], dtype="O,i4")]))
+
+
+@pytest.mark.parametrize("items", ["abc", b"abc", bytearray(b"abc"), memoryview(b"abc"), Work(b"abc")], ids=lambda items: type(items).__name__)
+def test_one_payload_is_not_its_parts(client, items):
+    for work in (client.submit, lambda items: list(client.process(items))):
+        with pytest.raises(TypeError, match=r"items is an iterable of payloads: write \[payload\]"):
+            work(items)
 
 
 def test_large_payloads_both_ways():
@@ -286,21 +301,6 @@ def test_leaving_an_aio_stream_and_cancelling_a_task_cancels_their_items(server,
     asyncio.run(main())
 
 
-def test_ctrl_c_ends_a_call(server, gate):
-    held = gate()
-
-    def interrupt():
-        held.wait_until_begun()
-        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
-
-    thread = threading.Thread(target=interrupt)
-    thread.start()
-    with Client(server.address) as client, pytest.raises(KeyboardInterrupt):
-        client.call(held.payload, pool="gate", timeout=PATIENCE)
-    thread.join()
-    held.wait_until_killed()
-
-
 def test_what_another_task_closes_is_an_error_and_no_cancel(server, gate):
     async def reads(results):
         with pytest.raises(Error) as caught:
@@ -350,6 +350,21 @@ def test_what_another_task_closes_is_an_error_and_no_cancel(server, gate):
                         await work
 
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
+
+
+def test_ctrl_c_ends_a_call(server, gate):
+    held = gate()
+
+    def interrupt():
+        held.wait_until_begun()
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with Client(server.address) as client, pytest.raises(KeyboardInterrupt):
+        client.call(held.payload, pool="gate", timeout=PATIENCE)
+    thread.join()
+    held.wait_until_killed()
 
 
 def test_an_aio_client_follows_updates_of_what_it_submits(server):
