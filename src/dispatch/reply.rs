@@ -340,7 +340,7 @@ impl<'s> Reply<'_, 's> {
     #[inline(always)]
     pub fn complete(&mut self, claimed: Claimed<'_>, code: u32, claimed_at: u64, done_at: u64) {
         if self.draft.aside.is_some()
-            && let Err(error) = self.move_to_block(self.draft.len)
+            && let Err(error) = self.move_to_block(self.draft.len, 0)
         {
             return self.fail(claimed, &error.into(), claimed_at, done_at);
         }

@@ -107,7 +107,14 @@ impl<'a> Lane<'a> {
     /// If it is not: the geometry is checked when the segment is made, so this is a mistake in the program.
     pub fn new(head: &'a AtomicU64, tail: &'a AtomicU64, cells: &'a [AtomicU64]) -> Self {
         assert!(cells.len().is_power_of_two(), "a lane has a power of two of cells");
-        Lane { head, tail, cells, lap_bits: cells.len().trailing_zeros(), taken: Last::default(), pushed: Last::default() }
+        Lane {
+            head,
+            tail,
+            cells,
+            lap_bits: cells.len().trailing_zeros(),
+            taken: Last::default(),
+            pushed: Last::default(),
+        }
     }
 
     fn lap(&self, position: u64) -> u64 {
