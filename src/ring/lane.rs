@@ -69,19 +69,11 @@ pub struct Lane<'a> {
     pushed: Last,
 }
 
-/// Where a view was last: at what a counter was then, all before `at` was used. It spares looking through the line for that.
+/// Where a view was last, and what the counter was then. It spares looking through the line for the first cell that was not used.
 #[derive(Clone, Copy, Debug, Default)]
 struct Last {
     counter: u64,
     at: u64,
-}
-
-impl Last {
-    /// Where to begin, by what the counter is now.
-    #[inline]
-    fn begin(self, counter: u64) -> u64 {
-        if self.counter == counter { self.at } else { counter }
-    }
 }
 
 /// How a cell stands to a position of the ring.
@@ -156,6 +148,20 @@ impl<'a> Lane<'a> {
         self.cells.len().min(LINE) as u64
     }
 
+    /// Where to begin: where this view was last, if that is in the counter's line and the cell before it shows that it still holds.
+    /// It does not if the lane was reset meanwhile, which may have led to the same counter again.
+    #[inline]
+    fn begin(&self, counter: u64, last: Last, holds: impl Fn(Cell) -> bool) -> u64 {
+        let before = last.at.wrapping_sub(1);
+        if last.counter != counter || last.at == counter {
+            counter
+        } else if holds(self.read(before, self.cell(before).load(Relaxed))) {
+            last.at
+        } else {
+            counter
+        }
+    }
+
     /// The position behind `at`, once a counter that is at `from` has passed the line if that is its end. `from` becomes what the
     /// counter is by then.
     #[inline]
@@ -172,7 +178,7 @@ impl<'a> Lane<'a> {
     #[inline]
     pub fn push(&mut self, hint: Hint) -> Result<(), Full> {
         let mut tail = self.tail.load(Relaxed);
-        let mut at = self.pushed.begin(tail);
+        let mut at = self.begin(tail, self.pushed, |before| matches!(before, Cell::Full(_) | Cell::Newer));
         for _ in 0..self.tries() {
             let cell = self.cell(at);
             // L1': an emptied cell's taker is done with it.
@@ -226,7 +232,7 @@ impl<'a> Lane<'a> {
     #[inline]
     pub fn take_ahead(&mut self, mut claim: impl FnMut(Hint) -> bool, mut ahead: impl FnMut(Hint)) -> Option<Hint> {
         let mut head = self.head.load(Relaxed);
-        let mut at = self.taken.begin(head);
+        let mut at = self.begin(head, self.taken, |before| matches!(before, Cell::Newer));
         for _ in 0..self.tries() {
             let cell = self.cell(at);
             // L0': the item behind the hint is READY or newer.
@@ -266,7 +272,7 @@ impl<'a> Lane<'a> {
     /// Whether a taker would find nothing, stale hints aside.
     pub fn is_empty(&self) -> bool {
         let head = self.head.load(Relaxed);
-        let mut at = self.taken.begin(head);
+        let mut at = self.begin(head, self.taken, |before| matches!(before, Cell::Newer));
         // At most a line is used before the head is moved on. If it is more, others are taking: then there was something.
         for _ in 0..=self.line() {
             // Acquire as in `take`; the caller of a look before sleeping has the doorbell's fence before it.

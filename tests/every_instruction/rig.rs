@@ -5,7 +5,8 @@ use std::{os::unix::process::ExitStatusExt as _, path::PathBuf, process::ExitSta
 use forkring::{
     dispatch::{Bells, DeadLetters, Death, Failure, Front, Kind, Offer, Outcome, Topology, Worker, sweep_worker},
     process,
-    segment::{Geometry, INLINE, Segment, SegmentOwner, Slot},
+    ring::Hint,
+    segment::{Geometry, INLINE, PRIORITIES, Segment, SegmentOwner, Slot},
 };
 
 use crate::{
@@ -107,6 +108,7 @@ impl Rig {
     }
 
     fn end_well(&mut self, role: Role, after: &str, run: impl FnOnce(&Stepped)) -> &'static str {
+        self.begin_lanes();
         let mut wanted = self.offer(role);
         let mut unwanted = None;
         if role == Role::Sweep {
@@ -161,6 +163,17 @@ impl Rig {
         let faults = Copy::read(&self.path()).map_or_else(|fault| vec![fault], |copy| copy.faults_when_idle());
         assert!(faults.is_empty(), "{place}: {faults:#?}");
         outcome
+    }
+
+    /// Lanes with the same way to go each time: past what was used of a line to its last cell, and on to the next line.
+    fn begin_lanes(&self) {
+        for mut lane in (0..PRIORITIES).map(|lane| self.supervisor.lane(lane)) {
+            lane.reset();
+            for _ in 1..8 {
+                lane.push(Hint { index: 0, generation: 0 }).expect("an empty lane");
+            }
+            assert_eq!(lane.take(|_| false), None);
+        }
     }
 
     fn path(&self) -> PathBuf {
