@@ -150,7 +150,7 @@ def become_worker(nursery: _core.Nursery, spec: str) -> None:
 
 
 def _is_forked(nursery: _core.Nursery) -> bool:
-    """Forks the worker that is wanted; true in the worker, once the server can know of it."""
+    """Forks the worker that is wanted; true in the worker, once the server knows of it."""
     for stream in (sys.stdout, sys.stderr):
         stream.flush()
     told, tell = os.pipe()
@@ -175,7 +175,7 @@ def _is_forked(nursery: _core.Nursery) -> bool:
         for end in (told, tell, give_word):
             os.close(end)
         if not os.read(word, 1):
-            # The nursery is dead, and nobody knows of us.
+            # The nursery is dead, or nobody knows of us.
             os._exit(0)
         os.close(word)
         return True
@@ -184,8 +184,8 @@ def _is_forked(nursery: _core.Nursery) -> bool:
     said = os.read(told, 1000).decode()
     os.waitpid(middle, 0)
     if said.isdigit():
-        nursery.born(int(said))
-        os.write(give_word, b"!")
+        if nursery.born(int(said)):
+            os.write(give_word, b"!")
     else:
         nursery.stillborn(said or "its parent died")
     os.close(told)

@@ -39,8 +39,8 @@ impl Nursery {
         nursery.wait().map_err(error)
     }
 
-    /// Says that it is there.
-    fn born(&self, pid: u32) -> PyResult<()> {
+    /// Says that it is there; whether it may begin.
+    fn born(&self, pid: u32) -> PyResult<bool> {
         Ok(self.get()?.born(pid)?)
     }
 

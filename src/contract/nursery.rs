@@ -2,7 +2,7 @@
 //! them when it is asked.
 //!
 //! It starts with one environment variable, [`VARIABLE`], as a worker does. From then on both speak JSON over a pair of
-//! datagram sockets: an [`Order`] at a time, and its [`News`].
+//! datagram sockets: an [`Order`] at a time, its [`News`], and after a birth `true` or `false`, for whether the worker is known.
 
 use std::os::fd::RawFd;
 
@@ -58,7 +58,7 @@ pub(crate) struct Order {
 pub(crate) enum News {
     /// All is loaded: orders may come.
     Ready,
-    /// The worker that was ordered: a child of the supervisor by now, which does nothing before this was sent.
+    /// The worker that was ordered: a child of the supervisor by now, which does nothing before it is known.
     Born(u32),
     /// There is no such worker, and this is why.
     Stillborn(String),

@@ -7,13 +7,13 @@
 //! # What it promises
 //!
 //! - Workers are children of the supervisor like any other: it reaps them, and the nursery's death does nothing to them.
-//! - A worker touches nothing of the server before the supervisor can know its pid.
+//! - A worker touches nothing of the server before the supervisor knows its pid.
 //!
 //! # Why that holds
 //!
 //! The supervisor adopts orphans, so the end of the middle makes it the worker's parent. The worker waits for
-//! a word from the nursery. The nursery has waited for the middle and has sent the pid when it gives that word; if it
-//! dies before, the worker reads the end of a pipe, and ends.
+//! a word from the nursery. The nursery has waited for the middle, has sent the pid and heard that the supervisor knows it when
+//! it gives that word; if it dies before, or hears the opposite, the worker reads the end of a pipe, and ends.
 //!
 //! The forks are the program's own, because an interpreter has something to do about them.
 
@@ -75,30 +75,37 @@ impl Nursery {
 
     /// Waits until a worker is wanted. It never ends in vain: the nursery is killed when no more are.
     pub fn wait(&mut self) -> Result<(), AttachError> {
-        let mut text = vec![0; LONGEST];
-        let len = loop {
-            match self.socket.recv(&mut text) {
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                received => break received?,
-            }
-        };
+        let order = serde_json::from_slice(&self.hear()?);
         crash_point!("sdk.ordered");
-        let order = serde_json::from_slice(&text[..len]);
         self.order = Some(order.map_err(|error| ContractError::Malformed { variable: "an order", error })?);
         Ok(())
     }
 
-    /// Says that the worker is there, and the supervisor's child.
-    pub fn born(&self, pid: u32) -> io::Result<()> {
+    /// Says that the worker is there, and the supervisor's child. Whether the supervisor knows it now: if not, it must end, and
+    /// another will be wanted.
+    pub fn born(&self, pid: u32) -> io::Result<bool> {
         crash_point!("sdk.forked");
         self.tell(&News::Born(pid))?;
         crash_point!("sdk.born");
-        Ok(())
+        Ok(serde_json::from_slice(&self.hear()?)?)
     }
 
     /// Says why it is not.
     pub fn stillborn(&self, why: &str) -> io::Result<()> {
         self.tell(&News::Stillborn(why.to_owned()))
+    }
+
+    fn hear(&self) -> io::Result<Vec<u8>> {
+        let mut text = vec![0; LONGEST];
+        loop {
+            match self.socket.recv(&mut text) {
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                received => {
+                    text.truncate(received?);
+                    return Ok(text);
+                }
+            }
+        }
     }
 
     fn tell(&self, news: &News) -> io::Result<()> {

@@ -163,8 +163,15 @@ impl Supervisor {
 
     /// Forks a nursery; false if that cannot be done now.
     fn open_nursery(&mut self, at: usize) -> Result<bool, SupervisorError> {
-        let (ours, theirs) = UnixDatagram::pair()?;
-        ours.set_nonblocking(true)?;
+        let pair = UnixDatagram::pair().and_then(|(ours, theirs)| ours.set_nonblocking(true).map(|()| (ours, theirs)));
+        let (ours, theirs) = match pair {
+            // Of the moment, such as too few file descriptors: what was accepted must not be lost by that.
+            Err(error) if self.is_open => {
+                tracing::warn!(%error, "cannot start a nursery, trying again");
+                return Ok(false);
+            }
+            pair => pair?,
+        };
         let pool = self.nurseries[at].pool;
         let (name, supervisor) = (format!("forkring-n{pool}"), std::process::id());
         let child = self.try_fork(&name, |us| {
@@ -239,9 +246,17 @@ impl Supervisor {
                     let Some(seat) = self.nurseries[at].ordered.take() else { continue };
                     let ours =
                         if self.knows(pid) { Err(io::ErrorKind::AlreadyExists.into()) } else { Child::adopted(pid) };
+                    let is_known = ours.is_ok();
                     match ours {
                         Ok(child) => self.seated(seat, child),
                         Err(error) => self.went_wrong(seat, now, &error),
+                    }
+                    // Who is not known never begins, or two would be in one seat. If the nursery cannot be told it is dead, and
+                    // who is known ends, too, which is seen as any other death.
+                    let answer: &[u8] = if is_known { b"true" } else { b"false" };
+                    let told = self.nurseries[at].process.as_ref().map(|process| process.socket.send(answer));
+                    if let Some(Err(error)) = told {
+                        tracing::debug!(%error, "a nursery is gone");
                     }
                 }
                 Ok(Some(News::Stillborn(why))) => {

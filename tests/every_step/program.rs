@@ -83,8 +83,9 @@ fn nurse() -> Result<(), Box<dyn std::error::Error>> {
                 let mut worker = String::new();
                 told.read_to_string(&mut worker)?;
                 waitpid(middle, None)?;
-                nursery.born(worker.parse()?)?;
-                give_word.write_all(b"!")?;
+                if nursery.born(worker.parse()?)? {
+                    give_word.write_all(b"!")?;
+                }
             }
         }
     }
