@@ -96,6 +96,8 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
             hub.activity.set(hub.activity.get() + 1);
             continue;
         }
+        // What nobody wanted was freed by that look, and does not count.
+        hub.tell_of_room(false);
         let late = hub.waits_for_lane() || hub.with_front(|front| front.somebody_is_late());
         tokio::select! {
             biased;

@@ -321,7 +321,7 @@ impl Hub {
     /// Memory for a payload.
     pub fn request(&self, len: usize, is_stream: bool) -> Result<Request, OfferError> {
         let mut front = self.front.borrow_mut();
-        if is_stream && len > INLINE && front.free_request_bytes() < self.reserve_bytes {
+        if is_stream && len > INLINE && front.free_request_bytes() < self.reserve_bytes + len as u64 {
             return Err(OfferError::Arena);
         }
         front.request(len)
@@ -426,6 +426,9 @@ impl Hub {
                     let payload = self.front.borrow().payload_len(completion.index);
                     let others = self.outbox_used.get().saturating_sub(payload);
                     self.outbox_used.set(others + completion.len as u64);
+                    if (completion.len as u64) < payload {
+                        self.wake_room();
+                    }
                     subscription.ready.borrow_mut().push_back(completion);
                     subscription.wake();
                 }
@@ -452,6 +455,8 @@ impl Hub {
     pub fn give_up(&self, index: u32) {
         self.owners.borrow_mut()[index as usize] = None;
         self.front.borrow_mut().cancel(index);
+        // Others may wait for the room.
+        self.notify.notify_one();
     }
 
     /// The result has been copied and the record may be used again.
