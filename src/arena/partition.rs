@@ -59,21 +59,27 @@ pub enum Memory {
 pub struct Partition {
     bytes: u64,
     max_blocks: u32,
-    /// The free ranges around what was in use at the start, each with an allocator; one, if nothing was.
-    gaps: Vec<(u64, Allocator)>,
-    blocks: usize,
+    /// The ranges around what was in use at the start, at places that blocks know; one, if nothing was.
+    gaps: Vec<Option<Gap>>,
     /// What was in use at the start and still is.
     inherited: Vec<Span>,
     /// Granules that are free, in however many pieces.
     free: u64,
 }
 
+/// Granules from `start` to `end`, in which blocks are allocated.
+struct Gap {
+    start: u64,
+    end: u64,
+    blocks: usize,
+    allocator: Allocator,
+}
+
 impl Partition {
     /// An allocator of `bytes` of which `used` are taken, for at most `blocks` blocks at a time.
     pub fn around(bytes: u64, blocks: u32, mut used: Vec<Span>) -> Self {
         used.sort_unstable_by_key(|span| span.offset);
-        let mut partition =
-            Partition { bytes, max_blocks: blocks, gaps: Vec::new(), blocks: 0, inherited: used, free: 0 };
+        let mut partition = Partition { bytes, max_blocks: blocks, gaps: Vec::new(), inherited: used, free: 0 };
         let mut start = 0;
         for at in 0..=partition.inherited.len() {
             let span = partition.inherited.get(at).copied().unwrap_or(Span { offset: bytes, len: 0 });
@@ -85,11 +91,30 @@ impl Partition {
 
     /// Granules from `start` to `end` are free.
     fn add_gap(&mut self, start: u64, end: u64) {
-        if let Ok(granules @ 1..) = u32::try_from(end.saturating_sub(start)) {
-            // Each block needs a node, and so does each range between blocks.
-            let nodes = granules.min(self.max_blocks).saturating_mul(2).saturating_add(4);
-            self.gaps.push((start, Allocator::with_max_allocs(granules, nodes)));
-            self.free += u64::from(granules);
+        let Some(gap) = self.gap(start, end) else { return };
+        self.free += end - start;
+        let at = self.gaps.iter().position(Option::is_none).unwrap_or(self.gaps.len());
+        if at == self.gaps.len() {
+            self.gaps.push(None);
+        }
+        self.gaps[at] = Some(gap);
+        self.merge(at);
+    }
+
+    fn gap(&self, start: u64, end: u64) -> Option<Gap> {
+        let granules = u32::try_from(end.saturating_sub(start)).ok().filter(|granules| *granules > 0)?;
+        // Each block needs a node, and so does each range between blocks.
+        let nodes = granules.min(self.max_blocks).saturating_mul(2).saturating_add(4);
+        Some(Gap { start, end, blocks: 0, allocator: Allocator::with_max_allocs(granules, nodes) })
+    }
+
+    /// Makes one gap of this and its neighbours, while there are no blocks in them: a large block may take what were many.
+    fn merge(&mut self, at: usize) {
+        while let Some(Gap { start, end, blocks: 0, .. }) = self.gaps[at] {
+            let is_next = |gap: &Gap| gap.blocks == 0 && (gap.end == start || gap.start == end);
+            let Some(next) = self.gaps.iter().position(|gap| gap.as_ref().is_some_and(is_next)) else { return };
+            let Some(other) = self.gaps[next].take() else { return };
+            self.gaps[at] = self.gap(start.min(other.start), end.max(other.end));
         }
     }
 
@@ -118,7 +143,6 @@ impl Partition {
             start = start.max(other_end);
         }
         self.add_gap(start, end);
-        self.mend();
     }
 
     /// The granules in which a part lies.
@@ -126,38 +150,35 @@ impl Partition {
         (span.offset / GRANULE, span.offset.saturating_add(span.len).min(self.bytes).div_ceil(GRANULE))
     }
 
-    /// Makes one range of many as soon as nothing is in the way.
-    fn mend(&mut self) {
-        if self.blocks == 0 && self.inherited.is_empty() && self.gaps.len() > 1 {
-            *self = Partition::around(self.bytes, self.max_blocks, Vec::new());
-        }
-    }
-
     /// A block of at least `len` bytes, or none if there is no room.
     pub fn allocate(&mut self, len: u64) -> Option<Block> {
         let granules = u32::try_from(len.div_ceil(GRANULE).max(1)).ok()?;
-        self.gaps.iter_mut().enumerate().find_map(|(gap, (start, allocator))| {
-            let allocation = allocator.allocate(granules)?;
-            self.blocks += 1;
+        self.gaps.iter_mut().enumerate().find_map(|(at, gap)| {
+            let gap = gap.as_mut()?;
+            let allocation = gap.allocator.allocate(granules)?;
+            gap.blocks += 1;
             self.free -= u64::from(granules);
-            let offset = (*start + u64::from(allocation.offset)) * GRANULE;
+            let offset = (gap.start + u64::from(allocation.offset)) * GRANULE;
             let len = u64::from(granules) * GRANULE;
-            Some(Block { offset, len, gap, allocation: Allocated(allocation) })
+            Some(Block { offset, len, gap: at, allocation: Allocated(allocation) })
         })
     }
 
     /// Gives a block back.
     pub fn free(&mut self, block: Block) {
-        self.blocks -= 1;
         self.free += block.len / GRANULE;
-        self.gaps[block.gap].1.free(block.allocation.0);
-        self.mend();
+        let Some(gap) = &mut self.gaps[block.gap] else { return };
+        gap.allocator.free(block.allocation.0);
+        gap.blocks -= 1;
+        if gap.blocks == 0 && self.gaps.len() > 1 {
+            self.merge(block.gap);
+        }
     }
 
     /// Blocks that were allocated and not given back.
     #[cfg(test)]
     pub fn blocks(&self) -> usize {
-        self.blocks
+        self.gaps.iter().flatten().map(|gap| gap.blocks).sum()
     }
 }
 
@@ -247,6 +268,23 @@ mod tests {
         partition.free(block);
         assert!(partition.allocate(16384).is_none());
         partition.free(other);
+        assert!(partition.allocate(16384).is_some());
+    }
+
+    /// Also while it is never empty, as under constant load.
+    #[test]
+    fn ranges_become_one_again_beside_a_block_that_stays() {
+        let spans: Vec<_> = (1..8).map(|n| Span { offset: n * 2048, len: 64 }).collect();
+        let mut partition = Partition::around(16384, 8, spans.clone());
+        let mut blocks: Vec<_> = (0..8).map(|_| partition.allocate(1536).unwrap()).collect();
+        spans.into_iter().for_each(|span| partition.give_back(Memory::Inherited(span)));
+        let stays = blocks.remove(0);
+        assert_eq!(stays.offset(), 0);
+        blocks.into_iter().for_each(|block| partition.free(block));
+        let large = partition.allocate(14336).unwrap();
+        assert_eq!(large.offset(), 2048);
+        partition.free(stays);
+        partition.free(large);
         assert!(partition.allocate(16384).is_some());
     }
 
