@@ -184,6 +184,8 @@ pub struct Supervisor {
     reload: Option<Reload>,
     /// Whether the gate is.
     is_open: bool,
+    /// What is in the segment that nobody changes from then on.
+    constants: Vec<u64>,
     /// No front has ended yet.
     is_first_front: bool,
 }
@@ -249,6 +251,7 @@ impl Supervisor {
             orphans: None,
             reload,
             is_open: false,
+            constants: Vec::new(),
             is_first_front: true,
         })
     }
@@ -260,6 +263,7 @@ impl Supervisor {
             // From now on there may be something in it that must outlive this process, however it ends.
             self.owner.disown();
             self.segment.open_gate();
+            self.constants = self.segment.constants();
             self.is_open = true;
             crash_point!("supervisor.opened");
             tracing::info!(name = self.owner.name(), workers = self.seats.len() - 1, "serving");
@@ -384,6 +388,7 @@ impl Supervisor {
 
     /// Writes again what only the supervisor writes: the dead may have scribbled over it.
     fn restore(&self, stage: Stage) {
+        self.segment.restore(&self.constants);
         if self.segment.stage() != stage {
             self.segment.set_stage(stage);
         }

@@ -80,6 +80,8 @@ use view::{Access, View};
 /// Changes when the meaning of anything in the segment does.
 pub const ABI: u32 = 5;
 const MAGIC: u64 = u64::from_le_bytes(*b"forkring");
+/// In the place of the magic number while the rest of the header is written.
+const MAKING: u64 = u64::from_le_bytes(*b"forkr...");
 const DIRECTORY: &str = "/dev/shm";
 
 /// What the names of all our objects in `/dev/shm` start with.
@@ -428,6 +430,26 @@ impl Segment {
         // G0: the event itself is relaxed. Pairs with G0'.
         fence(SeqCst);
         let _ = self.gate().set(EventState::Signaled);
+    }
+
+    /// The supervisor's: what nobody changes any more once the gate is open, header, gate and pools.
+    pub(crate) fn constants(&self) -> Vec<u64> {
+        self.constant_words().map(|word| word.load(Relaxed)).collect()
+    }
+
+    /// The supervisor's: writes them again, where they are not what they were.
+    pub(crate) fn restore(&self, constants: &[u64]) {
+        for (word, value) in self.constant_words().zip(constants) {
+            if word.load(Relaxed) != *value {
+                word.store(*value, Relaxed);
+            }
+        }
+    }
+
+    fn constant_words(&self) -> impl Iterator<Item = &AtomicU64> {
+        let words = |at, bytes: u64| self.control.slice::<AtomicU64>(at, bytes as usize / size_of::<AtomicU64>());
+        let stage = offset_of!(Header, stage) as u64;
+        words(0, stage).iter().chain(words(self.layout.pool(0), u64::from(self.layout.geometry.pools) * BLOCK))
     }
 
     /// A child's, once, before anything else: waits until the supervisor has opened the gate.

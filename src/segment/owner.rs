@@ -36,8 +36,9 @@ use rustix::{
 use shared_memory::{Shmem, ShmemConf};
 
 use super::{
-    ABI, Access, DIRECTORY, Geometry, Header, Layout, MAGIC, PAGE, SegmentError, View,
+    ABI, Access, DIRECTORY, Geometry, Header, Layout, MAGIC, MAKING, PAGE, SegmentError, View,
     identity::{PoolLine, PoolShape, differs},
+    inspect::read_at,
     os_id,
 };
 use crate::{crash_point::crash_point, process};
@@ -192,11 +193,29 @@ impl Taking<'_> {
         let Some(header) = Header::read(object).map_err(self.io("read"))? else {
             return Err(self.foreign("it is too small"));
         };
+        let is_sized = (st_size as u64).is_multiple_of(PAGE);
         match header.magic.load(Relaxed) {
             MAGIC => Ok(Found::Left(Box::new(header))),
-            0 if (st_size as u64).is_multiple_of(PAGE) => Ok(Found::Half),
+            MAKING if is_sized => Ok(Found::Half),
+            // Not yet anybody's: a worker that writes zeros over a header leaves the rest of it, or the pools behind it.
+            0 if is_sized && self.begins_with_zeros(object, st_size as u64).map_err(self.io("read"))? => {
+                Ok(Found::Half)
+            }
+            0 => Err(self.foreign("its magic number is gone; if it was a server's of yours, a worker wrote over it")),
             _ => Err(self.foreign("it has another magic number")),
         }
+    }
+
+    /// Whether there is nothing in the header and in the page behind it, where the pools are.
+    fn begins_with_zeros(&self, object: &OwnedFd, size: u64) -> io::Result<bool> {
+        let pages = [0, PAGE].into_iter().filter(|at| *at < size);
+        for at in pages {
+            let page = read_at::<[[u64; 8]; PAGE as usize / 64]>(object, at)?;
+            if page.is_none_or(|page| page.iter().flatten().any(|word| *word != 0)) {
+                return Ok(false);
+            }
+        }
+        Ok(true)
     }
 
     /// A new segment in the locked object, whatever is in it.
@@ -245,6 +264,7 @@ impl Taking<'_> {
     fn format(&self, object: &OwnedFd) -> io::Result<()> {
         let control = View::map(object, 0, self.layout.control, Access::Write)?;
         let header: &Header = control.at(0);
+        header.magic.store(MAKING, Relaxed);
         let Geometry { items, fronts, workers, pools, request_bytes, result_bytes, letter_bytes } =
             self.layout.geometry;
         header.abi.store(ABI, Relaxed);
@@ -472,8 +492,25 @@ mod tests {
         }
         leave(name);
         // With a header that has all but its magic number.
-        header(name).0.at::<Header>(0).magic.store(0, Relaxed);
+        header(name).0.at::<Header>(0).magic.store(MAKING, Relaxed);
         assert_eq!(take(name).unwrap().left_by(), None);
+    }
+
+    #[test]
+    fn one_whose_header_was_written_over_is_left_alone() {
+        let Path(name, path) = &path("zeros");
+        for zeros in [8, PAGE as usize] {
+            leave(name);
+            let mut whole = fs::read(path).unwrap();
+            whole[..zeros].fill(0);
+            fs::write(path, &whole).unwrap();
+            for fresh in [false, true] {
+                let error = SegmentOwner::take(name, GEOMETRY, &pools(), fresh).err().unwrap();
+                assert!(error.to_string().contains("its magic number is gone"), "{error}");
+            }
+            assert!(fs::read(path).unwrap() == whole);
+            fs::remove_file(path).unwrap();
+        }
     }
 
     #[test]
