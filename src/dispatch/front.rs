@@ -74,6 +74,8 @@ struct Known {
     state: State,
     /// As what it was offered, or taken over.
     word: Word,
+    /// The generation of the last hint that a scan was a reason for: one more at each death would fill the lane.
+    hinted: u32,
     id: u64,
     /// When it expires; 0: never.
     deadline: u64,
@@ -127,7 +129,7 @@ impl Known {
     const fn unused() -> Self {
         let word = Word::new(0, 0, 0, Phase::Free, 0);
         let (request, extra, stream) = (None, None, None);
-        Known { state: State::Free, word, id: 0, deadline: 0, payload_len: 0, request, extra, stream }
+        Known { state: State::Free, word, hinted: 0, id: 0, deadline: 0, payload_len: 0, request, extra, stream }
     }
 }
 
@@ -412,10 +414,11 @@ impl<'s> Front<'s> {
                 // Given back by a sweep, which may have found the lane full; or its hint is gone, for no lane is empty that
                 // has one.
                 (Phase::Ready, State::Waiting)
-                    if word.attempts() > 0
+                    if word.attempts() > 0 && known.hinted != word.generation()
                         || asked & mend::HINT != 0
                         || self.lanes.get(usize::from(word.lane())).is_some_and(Lane::is_empty) =>
                 {
+                    known.hinted = word.generation();
                     self.unhinted.push(index);
                 }
                 // Given back by a sweep just when it was cancelled.
