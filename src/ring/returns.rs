@@ -201,15 +201,20 @@ impl<'a> Consumer<'a> {
     /// Waits for an entry to tell the position.
     #[cold]
     fn find(&mut self) {
-        let now: Vec<_> = self.entries.iter().map(|entry| entry.load(Acquire)).collect();
-        let Some(before) = self.damaged.replace(now) else {
+        let Some(before) = &mut self.damaged else {
+            self.damaged = Some(self.entries.iter().map(|entry| entry.load(Acquire)).collect());
             self.lost = true;
             // One that is none, so that a full ring does not wait for us.
             return self.tell(self.position.wrapping_add(NO_HEAD));
         };
-        let now = self.damaged.iter().flatten();
-        let changed = now.zip(before).enumerate().filter(|(_, (now, before))| *now != before);
-        let newest = changed.filter_map(|(at, (now, _))| position_of(self.entries, at, *now)).max();
+        let mut newest = None;
+        for (at, (entry, before)) in self.entries.iter().zip(before).enumerate() {
+            let now = entry.load(Acquire);
+            if now != *before {
+                *before = now;
+                newest = newest.max(position_of(self.entries, at, now));
+            }
+        }
         if let Some(newest) = newest {
             self.position = newest.wrapping_add(1);
             self.damaged = None;

@@ -1,8 +1,9 @@
 //! Where everything is in a segment: offsets that follow from the geometry alone.
 //!
 //! All of it is computed once, with checked arithmetic, in private memory; a process never reads its geometry from
-//! the segment again after it has attached. Fields that different processes write do not share a 128-byte block (two
-//! lines: the adjacent-line prefetcher moves them in pairs).
+//! the segment again after it has attached. Fields that different processes write in the course of an item do not share a
+//! 128-byte block (two lines: the adjacent-line prefetcher moves them in pairs). What is written when somebody goes to sleep, spins or
+//! dies does.
 
 use std::ops::Range;
 

@@ -65,7 +65,8 @@ pub struct ItemRecord {
     pub extra_len: AtomicU32,
     /// Of those, bytes of subscription; and, above them, the kind of RPC that the item came by.
     pub kind: AtomicU32,
-    /// The generation that the client has given up, plus one. Written by the front at any time, read by the handler.
+    /// The generation that the client has given up, plus one. Written by the front at any time, or for a dead one by its sweep;
+    /// read by the handler.
     pub cancelled: AtomicU32,
     /// Of the block of subscription and metadata, if they are not inline.
     pub extra_offset: AtomicU64,

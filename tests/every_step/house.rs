@@ -321,6 +321,14 @@ impl House {
         tokio::spawn(async move { client.call(item).await })
     }
 
+    /// A call that has come so far.
+    async fn call_until(&self, item: WorkItem, phase: u64) -> Call {
+        let id = item.id;
+        let call = self.spawn_call(item);
+        until("a call", || (self.phase(id) == Some(phase) || call.is_finished()).then_some(())).await;
+        call
+    }
+
     fn echo(&self, len: usize, priority: u32) -> WorkItem {
         let bytes = pattern(len as u64, len);
         let id = self.ledger.issue(Wanted::Bytes(bytes.clone()));
@@ -537,20 +545,14 @@ impl House {
 
     /// The front is killed while there are items of each kind in each phase.
     async fn lose_the_front(&self) {
-        let spawn = async |call: WorkItem, phase| {
-            let id = call.id;
-            let call = self.spawn_call(call);
-            let is_there = || (self.phase(id) == Some(phase) || call.is_finished()).then_some(());
-            until("a call", is_there).await;
-            call
-        };
         let ended = self.many("ended");
         let ends = ended.id;
-        let (done, in_work) = (spawn(ended, CLAIMED).await, spawn(self.hold("held"), CLAIMED).await);
+        let (done, in_work) =
+            (self.call_until(ended, CLAIMED).await, self.call_until(self.hold("held"), CLAIMED).await);
         let held = self.submit(|| vec![self.hold("held")]).await;
         self.held(&held).await;
         self.submit(|| vec![self.hold("held"), self.expired(), self.hold("held")]).await;
-        let waiting = spawn(self.hold("held"), READY).await;
+        let waiting = self.call_until(self.hold("held"), READY).await;
         self.submit_for_later().await;
 
         self.front_was_killed.set(true);
