@@ -7,11 +7,12 @@ use std::{
     fs::{self, File, OpenOptions},
     os::unix::fs::FileExt as _,
     process::{Child, Stdio},
+    time::Duration,
 };
 
 use bytes::Bytes;
 use common::{
-    Files, Server, assert_serves,
+    Files, Server, assert_refused, assert_serves, failure,
     processes::{children, signal},
     program::{Killed, Outcome, finish},
     raw::{Raw, framed},
@@ -25,6 +26,7 @@ use forkring::{
 };
 use nix::sys::signal::Signal;
 use tokio::task::JoinHandle;
+use tonic::Code;
 
 /// Accepts all of these.
 async fn submit(client: &Client, items: impl IntoIterator<Item = WorkItem>) {
@@ -166,6 +168,40 @@ fn a_chain_of_kills_keeps_the_order_and_fails_nothing() {
         let order: Vec<_> =
             files.lines("journal").iter().map(|line| line.split(' ').next().unwrap_or("").to_owned()).collect();
         assert_eq!(order, ["1", "1", "1", "1", "2", "3", "4", "5", "6", "7", "8", "9"]);
+    });
+}
+
+/// Of these the one whose deadline has passed comes first, although its worker has another in hand.
+async fn assert_expired(server: &Server, id: u64) {
+    let mut updates = soon("a stream", server.client().await.updates("s", 1)).await.expect("a stream");
+    let result = soon("an update", updates.message()).await.expect("an open stream").expect("an update");
+    assert_eq!((result.id, result.attempts), (id, 0));
+    assert_refused(failure(result), (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"), "the item's deadline has passed");
+}
+
+#[test]
+fn deadlines_pass_for_the_next_front_and_for_the_next_server() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold"], "").await;
+        let short = |id| held(&files, id, "go").with_timeout(Duration::from_millis(500));
+        submit(&server.client().await, [held(&files, 1, "go")]).await;
+        files.began(1).await;
+        submit(&server.client().await, [short(2)]).await;
+        let front = server.child("front").await;
+        signal(front, Signal::SIGKILL);
+        server.successor("front", front).await;
+        assert_expired(&server, 2).await;
+
+        submit(&server.client().await, [short(3)]).await;
+        let left = server.kill().await;
+        let server = Server::handlers_as(&left.name, &["hold"], "").await;
+        assert_expired(&server, 3).await;
+        files.make("go");
+        assert_eq!(updates(&server.client().await, 1).await, [(1, 2)].into());
+        drain(server).await;
+        let begun = begun(&files);
+        assert!(!begun.contains_key(&2) && !begun.contains_key(&3), "{begun:?}");
     });
 }
 

@@ -148,6 +148,47 @@ fn a_slow_link_that_gets_on_is_not_timed_out() {
 }
 
 #[test]
+fn the_time_that_a_client_waits_for_room_is_not_its_own() {
+    run(async {
+        // On a machine that takes longer than a second for a step, again.
+        for _ in 0..20 {
+            let files = Files::new();
+            let server = Server::handlers(&["hold"], "arena = '576KiB'\nbody_timeout = '1s'").await;
+            let large = |id| WorkItem { payload: large().payload, ..files.holding(id, "go") };
+            let (client, held) = (server.client().await, large(1));
+            let held = tokio::spawn(async move { client.call(held).await });
+            files.began(1).await;
+            let mut raw = Raw::connect(&server).await;
+            let (mut stream, message) = (raw.begin("Process", &[]).await, framed(&large(2)));
+            let begin = Instant::now();
+            // Its time begins, and then there is no room for it.
+            for piece in [message.slice(..3), message.slice(3..50_000)] {
+                stream.body.send_data(piece, false).expect("an open stream");
+                raw.settled().await;
+            }
+            let mut longest = begin.elapsed();
+            // Another one is timed out, whose time began later.
+            let mut late = raw.begin("Process", &[]).await;
+            late.body.send_data(message.slice(..3), false).expect("an open stream");
+            assert_eq!(late.answer().await.reason, "BODY_TIMEOUT");
+            let begin = Instant::now();
+            files.make("go");
+            soon("an answer", held).await.expect("a task").expect("a result");
+            raw.settled().await;
+            let _ = stream.body.send_data(message.slice(50_000..), true);
+            let answer = stream.answer().await;
+            longest = longest.max(begin.elapsed());
+            if longest < Duration::from_millis(900) {
+                assert_eq!((answer.code, answer.messages.len()), (Code::Ok, 1), "{}", answer.message);
+                server.drain().await;
+                return;
+            }
+        }
+        panic!("in no try it was fast enough");
+    });
+}
+
+#[test]
 fn silence_between_messages_is_not_timed_out() {
     run(async {
         let server = Server::serve(&["--pool", "echo=echo", "--body-timeout", "50ms"]).await;

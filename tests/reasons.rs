@@ -26,8 +26,9 @@ fn is_constant(text: &str) -> bool {
 
 /// Whether what is before a string is the code of a failure.
 fn is_code(before: &str) -> bool {
-    let code = before.trim_end().strip_suffix(',').and_then(|before| before.rsplit_once("Code::"));
-    code.is_some_and(|(_, name)| name.chars().all(char::is_alphanumeric))
+    let before = before.trim_end();
+    let code = before.strip_suffix(',').and_then(|before| before.rsplit_once("Code::"));
+    before.ends_with("with_error_info(") || code.is_some_and(|(_, name)| name.chars().all(char::is_alphanumeric))
 }
 
 /// The strings of a source that look like reasons: constants of several words, and those behind a code.
