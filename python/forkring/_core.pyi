@@ -4,6 +4,19 @@ from typing import Any, final
 
 from typing_extensions import Buffer
 
+__all__ = [
+    "Item",
+    "Nursery",
+    "Payload",
+    "Reply",
+    "Worker",
+    "descriptor_set",
+    "inherit",
+    "late_views",
+    "main",
+    "run",
+]
+
 @final
 class Payload(Buffer):
     """What a client sent: read-only bytes for whatever takes a buffer."""
@@ -79,6 +92,7 @@ def run(
     handler: Callable[[Item], Any], yields: bool, describe: Callable[[BaseException], tuple[int, str, str, str]]
 ) -> None: ...
 
+@final
 class Worker:
     """This process as a worker of the server that started it, with many items open at once."""
 

@@ -136,7 +136,8 @@ class _Worker:
             self._loop.call_soon(self._look)
 
     def _begin(self, item: Item) -> None:
-        open = self._open[item] = _Open(self._loop.create_task(self._handle(item)))
+        # Not by the loop, which the handler's module may have told to begin tasks at once: this one must know its place.
+        open = self._open[item] = _Open(asyncio.Task(self._handle(item), loop=self._loop))
         if item.deadline is not None:
             self._time(item, open)
 
@@ -167,6 +168,8 @@ class _Worker:
         await self._put(self._native.write, item, await self._handler(item), _PATIENCE)
 
     async def _stream(self, item: Item) -> None:
+        # A client that reads them is waited for, however slow it is.
+        patience = None if self._native.streams(item) else _PATIENCE
         parts = self._handler(item)
         try:
             async for part in parts:
@@ -180,8 +183,6 @@ class _Worker:
         finally:
             await parts.aclose()
         await self._put(self._native.write, item, None, patience)
-        # A client that reads them is waited for, however slow it is.
-        patience = None if self._native.streams(item) else _PATIENCE
 
     async def _put(
         self, put: Callable[[Item, Any], bool], item: Item, value: Any, patience: Optional[float]
@@ -189,6 +190,8 @@ class _Worker:
         """Sends or writes a value, when there is credit and room."""
         if put(item, value):
             return
+        # What there is of it has stepped aside, and may have been in another's way.
+        self._look_soon()
         try:
             async with asyncio.timeout(patience):
                 while not put(item, value):
@@ -202,8 +205,6 @@ class _Worker:
     def _failure(self, item: Item, error: BaseException) -> Described:
         open = self._open[item]
         if not (isinstance(error, asyncio.CancelledError) and open.is_told):
-        # What there is of it has stepped aside, and may have been in another's way.
-        self._look_soon()
             return describe(error)
         if item.remaining() == 0:
             code, message = Code.DEADLINE_EXCEEDED, "the item's deadline has passed"

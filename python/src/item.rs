@@ -26,7 +26,7 @@ use pyo3::{
     types::{PyDict, PyMemoryView, PyString, PyType},
 };
 
-use crate::{payload::Payload, reply::Reply, result::Source};
+use crate::{family::Owner, payload::Payload, reply::Reply, result::Source};
 
 /// What is lent while the handler runs.
 #[derive(Clone, Copy)]
@@ -81,6 +81,7 @@ pub struct Item {
     /// When it expires, on the clock of `time.monotonic()`; None: never.
     #[pyo3(get)]
     deadline: Option<f64>,
+    owner: Owner,
     segment: &'static Segment,
     /// The lock is never held while Python runs, and the GIL always is while it is taken.
     state: Mutex<State>,
@@ -117,6 +118,7 @@ impl Item {
             attempt: item.attempt(),
             pool,
             deadline: item.deadline().map(|deadline| deadline.as_secs_f64()),
+            owner: Owner::this(),
             segment,
             state: Mutex::new(State { lent: Some(lent), ..State::default() }),
         }
@@ -225,6 +227,7 @@ impl Item {
     }
 
     fn lent(&self) -> PyResult<Lent> {
+        self.owner.check("the item")?;
         let lent = self.state(|state| state.lent);
         lent.ok_or_else(|| PyRuntimeError::new_err("the item is completed: ask for this while its handler runs"))
     }

@@ -7,10 +7,12 @@
 //! - A worker holds the GIL while it handles an item and not while it waits for one.
 //! - What a handler keeps of an item after its end is never another item's and never freed memory: see [`payload`] and
 //!   [`reply`].
+//! - In a child that a handler forks, its item is an error and not a crash.
 //!
 //! The GIL guards what several threads of a handler may do at once, so a free-threaded Python turns it on for us.
 
 mod buffer;
+mod family;
 mod item;
 mod many;
 mod nursery;
@@ -34,6 +36,11 @@ mod _core {
         reply::Reply,
         worker::{inherit, run},
     };
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        super::family::watch_forks(module)
+    }
 
     /// Runs the command line; the first argument is the program's name. The result is the exit code.
     #[pyfunction]

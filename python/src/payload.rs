@@ -28,7 +28,7 @@ use pyo3::{
     types::{PyBytes, PyMemoryView},
 };
 
-use crate::buffer;
+use crate::{buffer, family::Owner};
 
 /// How many payloads outlived their handlers.
 static LATE: AtomicU64 = AtomicU64::new(0);
@@ -42,7 +42,9 @@ enum Bytes {
 /// What a client sent: read-only bytes for whatever takes a buffer, such as `memoryview`, `bytes`, `hashlib` and NumPy.
 #[pyclass(frozen, module = "forkring")]
 pub struct Payload {
+    /// In other processes it is not looked at, for a copy, too: what is an error is so whatever its size.
     bytes: Bytes,
+    owner: Owner,
     pin: OnceLock<Pin<'static>>,
 }
 
@@ -60,7 +62,7 @@ impl Payload {
         } else {
             Bytes::Copy(bytes.into())
         };
-        Payload { bytes, pin: OnceLock::new() }
+        Payload { bytes, owner: Owner::this(), pin: OnceLock::new() }
     }
 
     fn bytes(&self) -> &[u8] {
@@ -68,6 +70,12 @@ impl Payload {
             Bytes::Copy(bytes) => bytes,
             Bytes::Lent(bytes) => bytes,
         }
+    }
+
+    /// The same for whoever asks, who may be in a child.
+    fn own_bytes(&self) -> PyResult<&[u8]> {
+        self.owner.check("the payload")?;
+        Ok(self.bytes())
     }
 
     /// The item is about to be completed, and this is the last reference that is not the handler's. Whether somebody else
@@ -111,7 +119,7 @@ impl Payload {
     ///
     /// Called by Python.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
-        let bytes = slf.get().bytes();
+        let bytes = slf.get().own_bytes()?;
         // SAFETY: a copy lives as long as the object and does not move with it; for bytes in the segment see the module.
         unsafe { buffer::export(slf.as_any(), view, (bytes.as_ptr().cast_mut(), bytes.len()), true, flags) }
     }
@@ -128,8 +136,8 @@ impl Payload {
         self.bytes().len()
     }
 
-    fn __bytes__<'py>(&self, py: Python<'py>) -> Bound<'py, PyBytes> {
-        PyBytes::new(py, self.bytes())
+    fn __bytes__<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyBytes>> {
+        Ok(PyBytes::new(py, self.own_bytes()?))
     }
 
     fn __getitem__<'py>(slf: &Bound<'py, Self>, index: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
@@ -144,7 +152,7 @@ impl Payload {
         let Ok(view) = buffer::View::of(other) else { return Ok(py.NotImplemented()) };
         let mut bytes = vec![0; view.len()];
         view.copy_to(py, &mut bytes)?;
-        Ok((bytes == self.bytes()).into_pyobject(py)?.to_owned().into_any().unbind())
+        Ok((bytes == self.own_bytes()?).into_pyobject(py)?.to_owned().into_any().unbind())
     }
 
     fn __repr__(&self) -> String {

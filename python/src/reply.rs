@@ -8,7 +8,7 @@ use std::ffi::c_int;
 use forkring::dispatch::Hold;
 use pyo3::{ffi, prelude::*};
 
-use crate::buffer;
+use crate::{buffer, family::Owner};
 
 enum Memory {
     /// In the worker's own arena.
@@ -22,6 +22,7 @@ enum Memory {
 pub struct Reply {
     memory: Memory,
     len: usize,
+    owner: Owner,
 }
 
 // SAFETY: the memory is this object's own or held for it, and what happens to its bytes is between Python's threads, as
@@ -33,12 +34,12 @@ unsafe impl Sync for Reply {}
 impl Reply {
     /// In the arena.
     pub fn held(bytes: &mut [u8], hold: Hold) -> Self {
-        Reply { memory: Memory::Held { at: bytes.as_mut_ptr(), _hold: hold }, len: bytes.len() }
+        Reply { memory: Memory::Held { at: bytes.as_mut_ptr(), _hold: hold }, len: bytes.len(), owner: Owner::this() }
     }
 
     /// Of its own.
     pub fn own(len: usize) -> Self {
-        Reply { memory: Memory::Own(Box::into_raw(vec![0; len].into_boxed_slice())), len }
+        Reply { memory: Memory::Own(Box::into_raw(vec![0; len].into_boxed_slice())), len, owner: Owner::this() }
     }
 
     /// Whether what is in it is in its place.
@@ -89,6 +90,7 @@ impl Reply {
     /// Called by Python.
     unsafe fn __getbuffer__(slf: Bound<'_, Self>, view: *mut ffi::Py_buffer, flags: c_int) -> PyResult<()> {
         let reply = slf.get();
+        reply.owner.check("the reply")?;
         // SAFETY: the memory is held by the object, or its own.
         unsafe { buffer::export(slf.as_any(), view, (reply.place(), reply.len), false, flags) }
     }

@@ -44,9 +44,14 @@ impl<'a> Source<'a> {
         }
         let Ok(view) = View::of(returned) else {
             let kind = returned.get_type().name().map(|name| name.to_string()).unwrap_or_default();
-            return Err(unsuitable(format_args!(
-                "the handler returned `{kind}`: return bytes, str, None, a NumPy array or anything else with a buffer"
-            )));
+            // What a handler is goes by how it is written, and a decorator hides that.
+            let advice = match kind.as_str() {
+                "coroutine" => "a decorator of an `async def` must be an `async def`, too",
+                "generator" => "a decorator of a generator function must be a generator function, too",
+                "async_generator" => "a decorator of an async generator must be an async generator, too",
+                _ => "return bytes, str, None, a NumPy array or anything else with a buffer",
+            };
+            return Err(unsuitable(format_args!("the handler returned `{kind}`: {advice}")));
         };
         if view.has_objects() {
             return Err(unsuitable(format_args!(

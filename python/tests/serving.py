@@ -153,7 +153,7 @@ class App(harness.Server):
 
 
 class Started:
-    """A command that serves; it is drained in the end."""
+    """A command that serves; it is drained in the end, and then `output` is what it printed beside its address."""
 
     def __init__(self, *command, folder, **variables):
         self.log = open(folder / "log", "w+")
@@ -182,6 +182,7 @@ class Started:
         self.process.send_signal(signal.SIGINT)
         try:
             code = self.process.wait(PATIENCE)
+            self.output = self.process.stdout.read()
         except BaseException:
             self.process.kill()
             self.process.wait()

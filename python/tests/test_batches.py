@@ -34,7 +34,7 @@ def test_the_first_item_waits_no_longer_than_it_says(serve):
     before = time.monotonic()
     calls = begin(app, "sizes", [b"a", b"b", b"c"])
     assert outcomes(calls) == [b"3 a", b"3 b", b"3 c"]
-    assert time.monotonic() - before >= 5 - 0.1
+    assert 5 - 0.1 <= time.monotonic() - before < 30
 
 
 def test_many_items_of_all_sizes(serve):

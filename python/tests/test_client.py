@@ -11,11 +11,13 @@ import sys
 import textwrap
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy
 import pytest
 from harness import GATE, PATIENCE, Server
 from programs import run_program
+from serving import until
 
 from forkring import aio
 from forkring.client import Client, Code, Error, Work
@@ -150,11 +152,9 @@ def test_what_is_no_address_is_refused(make):
         make(target)
 
 
-def test_a_server_that_is_not_there_has_grpcs_own_error_as_its_cause(make):
-    with socket.socket() as nobody:
-        nobody.bind(("127.0.0.1", 0))
-        with make(f"127.0.0.1:{nobody.getsockname()[1]}", retries=0) as client:
-            error = error_of(lambda: client.call(b""))
+def test_a_server_that_is_not_there_has_grpcs_own_error_as_its_cause(make, nobody):
+    with make(nobody, retries=0) as client:
+        error = error_of(lambda: client.call(b""))
     assert error.code is Code.UNAVAILABLE and not error.reason
     assert type(error.__cause__).__name__ in ("_InactiveRpcError", "AioRpcError")
 
@@ -406,13 +406,18 @@ def test_a_thousand_aio_calls_at_once(server):
     asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
-def free_port():
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return f"127.0.0.1:{listener.getsockname()[1]}"
+@pytest.fixture
+def nobody():
+    """An address at which nobody listens, and that the kernel gives to nobody else."""
+    with socket.socket() as holder:
+        # A server may listen beside it: it shares its port with its own fronts in the same way.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        holder.bind(("127.0.0.1", 0))
+        yield f"127.0.0.1:{holder.getsockname()[1]}"
 
 
-def test_a_server_that_is_not_there_yet_is_waited_for(make):
-    address, answers = free_port(), queue.SimpleQueue()
+def test_a_server_that_is_not_there_yet_is_waited_for(make, nobody):
+    address, answers = nobody, queue.SimpleQueue()
 
     def call():
         with make(address, retries=10**6) as client:
@@ -428,8 +433,8 @@ def test_a_server_that_is_not_there_yet_is_waited_for(make):
         thread.join()
 
 
-def test_without_retries_a_server_that_is_not_there_is_an_error_at_once(make):
-    with make(free_port(), retries=0) as client:
+def test_without_retries_a_server_that_is_not_there_is_an_error_at_once(make, nobody):
+    with make(nobody, retries=0) as client:
         error = error_of(lambda: client.call(b"x"))
         assert (error.code, error.reason) == (Code.UNAVAILABLE, "")
 
@@ -450,6 +455,52 @@ def full(gate):
             one.open()
         for thread in threads:
             thread.join(PATIENCE)
+
+
+class Proxy:
+    """Is in the way of a server: remembers what it is asked, and breaks connections once a call has come that says so, as many
+    times as told."""
+
+    def __init__(self, breaks, address):
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
+        self.broken = 0
+        self.requests = bytearray()
+        self._breaks = breaks
+        self._server = address
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._thread.start()
+
+    def _run(self):
+        while True:
+            try:
+                client, _ = self._listener.accept()
+            except OSError:
+                return
+            host, port = self._server.rsplit(":", 1)
+            server = socket.create_connection((host, int(port)))
+            for one, other in ((server, client), (client, server)):
+                threading.Thread(target=self._pass_on, args=[one, other, one is client], daemon=True).start()
+
+    def _pass_on(self, one, other, requests):
+        try:
+            while data := one.recv(1 << 16):
+                if requests:
+                    self.requests += data
+                if requests and b"break me" in data and self.broken < self._breaks:
+                    self.broken += 1
+                    break
+                other.sendall(data)
+        except OSError:
+            pass
+        for end in (one, other):
+            try:
+                end.shutdown(socket.SHUT_RDWR)
+            except OSError:
+                pass
+
+    def close(self):
+        self._listener.close()
 
 
 def refused(client, gate):
@@ -475,10 +526,18 @@ def test_a_call_that_is_refused_for_lack_of_room_is_tried_again(make, full, gate
         refused(client, gate)
     waiting = gate()
     waiting.open(b"at last")
-    # There is room when it has been refused some more: no sooner than its first attempt.
-    threading.Timer(SOON, lambda: [one.open() for one in held]).start()
-    with make(server.address, retries=10**6) as client:
+    proxy = Proxy(0, server.address)
+
+    def make_room():
+        until("another attempt", lambda: proxy.requests.count(waiting.payload) > 1)
+        for one in held:
+            one.open()
+
+    with make(proxy.address, retries=10**6) as client, ThreadPoolExecutor() as threads:
+        made = threads.submit(make_room)
         assert client.call(waiting.payload, timeout=PATIENCE).payload == b"at last\n"
+        made.result()
+    proxy.close()
 
 
 def test_retries_end_with_the_timeout(make, full, gate):
@@ -489,51 +548,9 @@ def test_retries_end_with_the_timeout(make, full, gate):
         assert time.monotonic() - begin < PATIENCE
 
 
-class OneShot:
-    """Takes connections and breaks each of them once a call has come, as many times as told; then it is a server's."""
-
-    def __init__(self, breaks, address):
-        self._listener = socket.create_server(("127.0.0.1", 0))
-        self.address = f"127.0.0.1:{self._listener.getsockname()[1]}"
-        self.broken = 0
-        self._breaks = breaks
-        self._server = address
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
-
-    def _run(self):
-        while True:
-            try:
-                client, _ = self._listener.accept()
-            except OSError:
-                return
-            host, port = self._server.rsplit(":", 1)
-            server = socket.create_connection((host, int(port)))
-            for one, other in ((server, client), (client, server)):
-                threading.Thread(target=self._pass_on, args=[one, other, one is client], daemon=True).start()
-
-    def _pass_on(self, one, other, requests):
-        try:
-            while data := one.recv(1 << 16):
-                if requests and b"break me" in data and self.broken < self._breaks:
-                    self.broken += 1
-                    break
-                other.sendall(data)
-        except OSError:
-            pass
-        for end in (one, other):
-            try:
-                end.shutdown(socket.SHUT_RDWR)
-            except OSError:
-                pass
-
-    def close(self):
-        self._listener.close()
-
-
 @pytest.mark.parametrize("idempotent", [False, True])
 def test_an_item_whose_fate_is_unknown_is_sent_again_only_if_it_is_idempotent(make, server, idempotent):
-    proxy = OneShot(2, server.address)
+    proxy = Proxy(2, server.address)
     with make(proxy.address, pool="echo", idempotent=idempotent) as client:
         assert client.call(b"fine", timeout=PATIENCE).payload == b"fine"
         if idempotent:

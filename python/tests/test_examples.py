@@ -8,6 +8,8 @@ import re
 import signal
 import subprocess
 import sys
+import sysconfig
+from pathlib import Path
 
 import numpy
 import pytest
@@ -70,6 +72,20 @@ def test_work_that_keeps_the_gil(serve, tmp_path):
     assert ended.returncode == 0, ended.stdout
     said = [re.split(r" +", line.strip())[:2] for line in ended.stdout.splitlines()]
     assert said[:3] == [["4", "f"], ["2", "g"], ["1", "simple"]] and said[3][:2] == ["3", "functions"], ended.stdout
+
+
+def test_a_generator_streams_a_digest_for_each_chunk_of_a_file(serve, tmp_path):
+    app = serve("digests:2=digests.py:digests", apps=EXAMPLES)
+    # One of several chunks, and one of less than one.
+    files = [Path(sysconfig.get_path("stdlib")) / "_pydecimal.py", Path(__file__)]
+    ended = run_program("../../examples/python/digests.py", app.address, *map(str, files))
+    assert ended.returncode == 0, ended.stdout
+    lines = [line.split(maxsplit=2) for line in ended.stdout.splitlines()]
+    for file in files:
+        bytes_of_it = file.read_bytes()
+        chunks = [(str(at), bytes_of_it[at : at + (1 << 16)]) for at in range(0, len(bytes_of_it), 1 << 16)]
+        expected = [[at, hashlib.sha256(chunk).hexdigest()] for at, chunk in [*chunks, ("all", bytes_of_it)]]
+        assert [line[:2] for line in lines if line[2] == str(file)] == expected
 
 
 def test_a_model_is_made_once_and_reads_arrays_in_place(serve):

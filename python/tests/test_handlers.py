@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import numpy
+import pytest
 from harness import Gate, error_of
 from serving import until
 
@@ -129,6 +130,53 @@ def test_a_reply_is_filled_in_place(serve):
             assert app.call("reply", metadata={"len": str(size), "return": returned}) == result, returned
         error = app.error("reply", metadata={"len": str(size), "return": "again"})
         assert "ValueError: the item has its reply" in error.details()
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_child_that_a_handler_forks_has_nothing_of_the_item_and_lives(serve, size):
+    app = serve("basic.py:family")
+    whose = {
+        "the payload": "bytes view first equal",
+        "the item": "cancelled remaining again",
+        "the reply": "reply",
+    }
+    payload = b"abc" + bytes(size - 3)
+    seen = json.loads(app.call("family", payload, id=7, metadata={"ways": " ".join(whose.values())}))
+    *here, pid = seen.pop("here")
+    assert here == [7, True, True] and pid in app.workers().values()
+    assert seen.pop("given") == size
+    assert seen.pop("safe") == repr((7, "bytes", size, f"<forkring.Payload of {size} bytes>", b"abc"))
+    for what, ways in whose.items():
+        for way in ways.split():
+            error = f"RuntimeError: {what} belongs to process {pid}: pass bytes(item.payload) to the child"
+            assert seen.pop(way) == error, way
+    assert seen == {}
+
+
+def test_a_decorator_that_hides_what_a_handler_is_is_told(serve):
+    kinds = {"coroutine": "an `async def`", "generator": "a generator", "async_generator": "an async generator"}
+    app = serve(*(f"basic.py:hidden_{kind}" for kind in kinds), quiet=False)
+    for kind, written in kinds.items():
+        code, reason, message = error_of(app.error(f"hidden_{kind}"))
+        assert (code, reason) == ("INTERNAL", "BAD_RESULT")
+        assert message.startswith(f"the handler returned `{kind}`: a decorator of {written}"), message
+
+
+def test_a_plain_function_can_see_that_nobody_waits(serve, tmp_path):
+    app = serve("basic.py:patient", "basic.py:echo")
+    journal = tmp_path / "journal"
+    metadata = {"journal": str(journal)}
+    lines = lambda: journal.read_text().splitlines() if journal.exists() else []  # noqa: E731
+    call = app.begin("patient", metadata=metadata)
+    until("its begin", lambda: lines() == ["began False"])
+    call.cancel()
+    until("its end", lambda: len(lines()) == 2)
+    word, left = lines()[1].split()
+    assert word == "cancelled" and float(left) > 0
+    # Its own deadline is seen as well; a call's would be its client's before.
+    (_,) = app.stream([app.item("patient", metadata=metadata, timeout={"seconds": 5})])
+    until("its end", lambda: len(lines()) == 4)
+    assert lines()[2:] == ["began False", "cancelled 0.0"]
 
 
 def test_threads_of_a_handler_see_its_item(serve):

@@ -106,7 +106,8 @@ def test_a_call_and_a_deadline_close_it_too(serve, tmp_path):
     until("its begin", lambda: len(lines(journal)) == 1)
     call.cancel()
     until("its end", lambda: len(lines(journal)) == 2)
-    assert app.error("endless", b"0", metadata=metadata, timeout=0.5).code().name == "DEADLINE_EXCEEDED"
+    # It has begun by then, however busy the machine is.
+    assert app.error("endless", b"0", metadata=metadata, timeout=5.0).code().name == "DEADLINE_EXCEEDED"
     until("its end", lambda: len(lines(journal)) == 4)
     assert [line.split()[:2] for line in lines(journal)[1::2]] == [["closed", "True"]] * 2
 

@@ -6,6 +6,7 @@ import re
 import signal
 import subprocess
 
+import numpy
 import pytest
 from harness import PATIENCE
 from serving import APPS, FORKRING, run, until
@@ -147,12 +148,27 @@ def test_nothing_is_lost_while_all_of_them_are_killed(serve):
         ),
         ("import native\n", ["has started a thread (`pool-thread`), when it came to `native`."]),
         (
-            "import grpc\nCHANNEL = grpc.insecure_channel('localhost:1')\n",
+            # What is dead cannot be asked what it is.
+            "import grpc, weakref\nDEAD = weakref.proxy(set())\nCHANNEL = grpc.insecure_channel('localhost:1')\n",
             ["its import has made a gRPC object (`grpc._channel.Channel`), and gRPC does not survive a fork"],
+        ),
+        (
+            "import concurrent.futures, grpc\nSERVER = grpc.server(concurrent.futures.ThreadPoolExecutor())\n",
+            ["its import has made a gRPC object (`grpc._server._Server`), and gRPC does not survive a fork"],
+        ),
+        (
+            "import grpc.aio\nCHANNEL = grpc.aio.insecure_channel('localhost:1')\n",
+            ["its import has made a gRPC object (`grpc.aio._channel.Channel`), and gRPC does not survive a fork"],
+        ),
+        pytest.param(
+            "import numpy\n",
+            ["its import has started", "when it came to `numpy", "(--worker-env OPENBLAS_NUM_THREADS=1 keeps openblas from it)"],
+            marks=pytest.mark.skipif(len(os.sched_getaffinity(0)) == 1, reason="on one CPU OpenBLAS starts no threads"),
         ),
     ],
 )
-def test_an_import_that_starts_threads_or_grpc_is_refused(tmp_path, source, says):
+def test_an_import_that_starts_threads_or_grpc_is_refused(tmp_path, monkeypatch, source, says):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
     (tmp_path / "app.py").write_text(source + "\ndef handle(item): pass\n")
     (tmp_path / "other.py").write_text(
         "import concurrent.futures, threading\nPOOL = concurrent.futures.ThreadPoolExecutor(2)\n"
@@ -172,6 +188,61 @@ def test_an_import_that_starts_threads_or_grpc_is_refused(tmp_path, source, says
     for words in says:
         assert words in reason, reason
     assert last.endswith("the reason is in the lines above")
+
+
+# The first worker is dead before the server can know of it. It is the second of two forks, of which the first waits for that.
+DIES_AT_ONCE = """
+import os
+
+FORKS = []
+
+def parent():
+    if len(FORKS) == 1 and not os.path.exists("again"):
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOWAIT)
+        open("again", "w").close()
+
+def child():
+    FORKS.append(os.getpid())
+    if len(FORKS) == 2 and not os.path.exists("again"):
+        os._exit(3)
+
+os.register_at_fork(after_in_child=child, after_in_parent=parent)
+"""
+
+
+def test_a_library_that_is_told_to_start_no_threads_is_not_refused(serve, monkeypatch):
+    monkeypatch.delenv("OPENBLAS_NUM_THREADS", raising=False)
+    app = serve("basic.py:double", arguments=["--preload", "--worker-env", "OPENBLAS_NUM_THREADS=1"])
+    numbers = numpy.arange(5)
+    assert app.call("double", numbers.tobytes()) == (numbers * 2).tobytes()
+
+
+def test_dead_proxies_beside_grpc_are_no_hindrance(serve, tmp_path):
+    (tmp_path / "app.py").write_text(
+        "import grpc, weakref\nDEAD = weakref.proxy(set())\n\ndef handle(item): return b'fine'\n"
+    )
+    app = serve("app.py:handle", apps=tmp_path, arguments=["--preload"])
+    assert app.call("handle") == b"fine"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        # Nobody waits for children.
+        "import signal\nsignal.signal(signal.SIGCHLD, signal.SIG_IGN)\n",
+        DIES_AT_ONCE,
+    ],
+    ids=["nobody waits", "a worker dies at once"],
+)
+def test_the_nursery_lives_whatever_becomes_of_those_it_forks(serve, tmp_path, source, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "app.py").write_text(source + "import os\n\ndef handle(item): return str(os.getpid())\n")
+    app = serve("app.py:handle", apps=tmp_path, arguments=["--preload"], quiet=False)
+    worker = int(app.call("handle"))
+    nursery = app.nursery()
+    os.kill(worker, signal.SIGKILL)
+    assert int(app.call("handle")) != worker
+    assert app.nursery() == nursery and "a nursery died" not in app.log()
 
 
 def test_who_only_imports_grpc_is_not_refused(serve):

@@ -185,6 +185,8 @@ def test_a_class_that_cannot_be_made_waits_for_the_next_change(serve, tmp_path):
     (tmp_path / "app.py").write_text(made.format("pass", "first"))
     app = serve("Model:2=app.py:Model", apps=tmp_path, arguments=["--reload"], quiet=False)
     assert app.call("Model") == b"first"
+    # Or the other would still import what is written next.
+    until("both workers", lambda: len(app.workers()) == 2)
     (tmp_path / "app.py").write_text(made.format("1 / 0", "second"))
     until("the traceback", lambda: "ZeroDivisionError" in app.log())
     # The other worker is not sent away.

@@ -115,6 +115,7 @@ def test_a_script_serves_its_own_functions(tmp_path):
     with Started(sys.executable, "app.py", folder=tmp_path) as server:
         assert server.call("shout", "Hello") == "HELLO"
         assert server.call("whisper", "Hello") == "hello"
+    assert server.output == "drained\n"
 
 
 def test_workers_have_their_environment_and_cpu(tmp_path):

@@ -7,10 +7,11 @@ import random
 import signal
 import threading
 
+import pytest
 from harness import PATIENCE
 from serving import until
 
-WORKERS, ITEMS, WINDOW, KILL_EVERY = 4, 10_000, 256, 0.05
+WORKERS, ITEMS, KILLS, WINDOW, KILL_EVERY = 4, 10_000, 20, 256, 0.05
 
 
 class Killer(threading.Thread):
@@ -64,13 +65,14 @@ def digest(id):
     return hashlib.sha256(payload(id)).digest()
 
 
-def test_nothing_is_lost_and_nothing_doubled_while_workers_are_killed(serve, tmp_path, monkeypatch):
+@pytest.mark.parametrize("options", [[], ["--preload"]], ids=["fresh", "forked"])
+def test_nothing_is_lost_and_nothing_doubled_while_workers_are_killed(serve, tmp_path, monkeypatch, options):
     journal = tmp_path / "journal"
     journal.touch()
     monkeypatch.setenv("JOURNAL", str(journal))
     seed = random.randrange(2**32)
     print(f"seed {seed}")
-    app = serve(f"work:{WORKERS}=storm.py:work", arguments=["--max-attempts", "255"], quiet=False)
+    app = serve(f"work:{WORKERS}=storm.py:work", arguments=["--max-attempts", "255", *options], quiet=False)
     until("all workers", lambda: len(app.workers()) == WORKERS)
     killer = Killer(app, random.Random(seed))
     room = threading.Semaphore(WINDOW)
@@ -80,8 +82,8 @@ def test_nothing_is_lost_and_nothing_doubled_while_workers_are_killed(serve, tmp
 
     def items():
         nonlocal sent
-        # However fast the machine is: there are so many items, and some were taken from workers that were killed.
-        while sent < ITEMS or retried == 0:
+        # However fast the machine is: so many workers were killed, and some of them had items.
+        while sent < ITEMS or killer.kills < KILLS or retried == 0:
             assert room.acquire(timeout=PATIENCE), "the server stands still"
             yield app.item("work", payload(sent), id=sent)
             sent += 1

@@ -162,6 +162,13 @@ async def breaks(item):
     raise ValueError("after one")
 
 
+async def eager(item):
+    """Has the loop begin tasks at once, from the first item on."""
+    asyncio.get_running_loop().set_task_factory(asyncio.eager_task_factory)
+    other = asyncio.create_task(asyncio.sleep(0, bytes(item.payload)))
+    return await other
+
+
 kept = []
 
 

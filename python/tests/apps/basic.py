@@ -5,6 +5,7 @@ import hashlib
 import json
 import os
 import threading
+import time
 
 import numpy
 
@@ -195,3 +196,81 @@ def inherited(item):
     return subprocess.run(["sh", "-c", "ls -l /proc/$$/fd"], capture_output=True, check=True).stdout
 
 
+
+
+def family(item):
+    """What of an item a child has that this forks, and then the item as it was."""
+    import multiprocessing
+
+    reply, view = item.reply(len(item.payload)), memoryview(bytes(item.payload))
+    payload, seen = item.payload, {}
+    uses = {
+        "bytes": lambda: bytes(payload),
+        "view": lambda: memoryview(payload),
+        "first": lambda: payload[0],
+        "equal": lambda: payload == b"x",
+        "cancelled": lambda: item.cancelled,
+        "remaining": item.remaining,
+        "reply": lambda: memoryview(reply),
+        "again": lambda: item.reply(10),
+    }
+    for name in item.metadata["ways"].split():
+        seen[name] = in_child(uses[name])
+    # What is safe, as before.
+    seen["safe"] = in_child(lambda: (item.id, item.metadata["ways"][:5], len(payload), repr(payload), bytes(view)[:3]))
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        seen["given"] = pool.apply(len, [bytes(payload)])
+    memoryview(reply)[:] = payload
+    seen["here"] = [item.id, item.payload == bytes(payload), bytes(reply) == bytes(payload), os.getpid()]
+    return json.dumps(seen)
+
+
+def in_child(use):
+    """What it gives in a fork of this process, or raises; or how that died."""
+    read, write = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            said = repr(use())
+        except BaseException as error:
+            said = f"{type(error).__name__}: {error}"
+        os.write(write, said.encode())
+        os._exit(0)
+    os.close(write)
+    with open(read, "rb") as pipe:
+        said = pipe.read().decode()
+    status = os.waitpid(pid, 0)[1]
+    return said or f"died of {status}"
+
+
+def patient(item):
+    """Goes on until nobody wants it any more."""
+    with open(item.metadata["journal"], "a") as journal:
+        print(f"began {item.cancelled}", file=journal, flush=True)
+        while not item.cancelled:
+            time.sleep(0.001)
+        print(f"cancelled {item.remaining()}", file=journal, flush=True)
+
+
+def decorated(handler):
+    """A plain decorator, whatever it is for."""
+
+    def wrapper(item):
+        return handler(item)
+
+    return wrapper
+
+
+@decorated
+async def hidden_coroutine(item):
+    return b"x"
+
+
+@decorated
+def hidden_generator(item):
+    yield b"x"
+
+
+@decorated
+async def hidden_async_generator(item):
+    yield b"x"

@@ -102,6 +102,15 @@ def loop(item):
     return f"attempt {item.attempt}"
 
 
+async def async_loop(item):
+    return loop(item)
+
+
+@forkring.batch(max_size=2)
+def batch_loop(items):
+    return [loop(item) for item in items]
+
+
 def hog(item):
     """Takes so many bytes."""
     return str(len(bytearray(int(bytes(item.payload)))))
