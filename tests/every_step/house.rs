@@ -528,12 +528,16 @@ impl House {
         server.as_ref()?.children().into_iter().find(|child| child.name == name).map(|child| child.pid)
     }
 
-    /// Makes a child stand still; its pid. It may have died by itself.
+    /// Makes a child stand still; its pid. If it has died by itself instead, then its successor.
     async fn stop(&self, name: &str) -> i32 {
-        let pid = until(name, || self.find(name)).await;
-        let _ = kill(Pid::from_raw(pid), Signal::SIGSTOP);
-        until("one that stands still", || (is_stopped(pid) || !is_alive(pid)).then_some(())).await;
-        pid
+        loop {
+            let pid = until(name, || self.find(name)).await;
+            let _ = kill(Pid::from_raw(pid), Signal::SIGSTOP);
+            until("one that stands still", || (is_stopped(pid) || !is_alive(pid)).then_some(())).await;
+            if is_stopped(pid) {
+                return pid;
+            }
+        }
     }
 
     /// Kills a child that stands still, so that whoever passes a point since then is another, and waits for that.

@@ -231,7 +231,8 @@ fn end_well() -> bool {
         is_well &= failed.is_empty();
         all_missed += missed.len();
     }
-    if all_missed * 20 > killed.len() {
+    // Of one process alone it may be more, where the n-th pass is a matter of luck.
+    if only.is_empty() && all_missed * 20 > killed.len() {
         println!("{all_missed} of {} were not reached: too many", killed.len());
         is_well = false;
     }
