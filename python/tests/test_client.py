@@ -410,8 +410,8 @@ def test_a_thousand_aio_calls_at_once(server):
 def nobody():
     """An address at which nobody listens, and that the kernel gives to nobody else."""
     with socket.socket() as holder:
-        # A server may listen beside it: it shares its port with its own fronts in the same way.
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+        # Beside who does not listen a server may.
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         holder.bind(("127.0.0.1", 0))
         yield f"127.0.0.1:{holder.getsockname()[1]}"
 
