@@ -334,9 +334,12 @@ def test_what_another_task_closes_is_an_error_and_no_cancel(server, gate):
             await asyncio.to_thread(held.wait_until_killed)
 
             held = gate()
-            work = [calls(client, held), reads(client.process([gate().payload])), submits(client)]
-            tasks = [asyncio.ensure_future(one) for one in work]
+            tasks = [asyncio.ensure_future(calls(client, held))]
+            # There is one worker: what comes with it might have it.
             await asyncio.to_thread(held.wait_until_begun)
+            work = [reads(client.process([gate().payload])), submits(client)]
+            tasks += [asyncio.ensure_future(one) for one in work]
+            await asyncio.sleep(0)
             await client.close()
             assert [error.code for error in await asyncio.gather(*tasks)] == [Code.CANCELLED] * 3
             assert tasks[0].result().message == "the client was closed"
@@ -447,14 +450,16 @@ def full(gate):
         Client(server.address, retries=10**6) as filler,
     ):
         held = [gate(), gate()]
-        threads = [threading.Thread(target=filler.call, args=[one.payload]) for one in held]
-        for thread in threads:
-            thread.start()
+        thread = threading.Thread(target=filler.call, args=[held[0].payload])
+        thread.start()
+        held[0].wait_until_begun()
+        # It has its place once there is a receipt; nobody may come to be between.
+        assert filler.submit([held[1].payload], subscription="held").accepted == 1
         yield server, held
         for one in held:
             one.open()
-        for thread in threads:
-            thread.join(PATIENCE)
+        thread.join(PATIENCE)
+        assert len(list(filler.updates("held", limit=1))) == 1
 
 
 class Proxy:
