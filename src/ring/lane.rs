@@ -50,6 +50,8 @@ const LAP_MASK: u64 = u64::MAX >> LAP_SHIFT;
 const LAP_HALF: u64 = LAP_MASK / 2;
 /// A lost race is tried again so often, beside once for each cell of two laps.
 const TRIES: usize = 1000;
+/// Whether a lane is in good order is looked for so often.
+const LOOKS: usize = 32;
 /// Cells in a cache line, of which a small lane may have less.
 const LINE: usize = 8;
 
@@ -288,48 +290,34 @@ impl<'a> Lane<'a> {
     /// Whether its words fit together, as they do whatever died or is going on here, unless somebody scribbled over them:
     /// what was pushed and not emptied lies together, and head and tail are not more than a line behind where it begins and ends.
     pub fn is_sound(&self) -> bool {
-        let mut before = None;
-        // What others change meanwhile may not fit together: look again. What changes all the time is in use.
-        for _ in 0..4 {
-            let (fits, seen) = self.look();
-            if fits {
-                return true;
-            }
-            if before.replace(seen) == Some(seen) {
-                return false;
-            }
-        }
-        true
+        // What others push and take in the very moment that a look comes by may not fit together: look again. That is so for
+        // nanoseconds, and damage stays.
+        (0..LOOKS).any(|_| self.fits())
     }
 
-    /// Whether the words fit together as they were read, one after the other; and what they were, in one number.
-    fn look(&self) -> (bool, u64) {
+    /// Whether the words fit together as they are read, one after the other.
+    fn fits(&self) -> bool {
         let (head, tail) = (self.head.load(Relaxed), self.tail.load(Relaxed));
         // On processors that reorder loads a cell may still look older than the counters: then a lane in good order is emptied,
         // and the fronts push their hints again.
         fence(SeqCst);
-        // FNV-1a, by words.
-        let mix = |seen: u64, word: u64| (seen ^ word).wrapping_mul(0x0100_0000_01b3);
-        let mut seen = mix(mix(0xcbf2_9ce4_8422_2325, head), tail);
-        let mut read = |position| {
+        let read = |position| {
             let word = self.cell(position).load(Acquire);
-            seen = mix(seen, word);
             // What nobody writes is nothing that anybody left.
             if word & FULL == 0 && word & (FULL - 1) != 0 { Cell::Older } else { self.read(position, word) }
         };
         let is_used = |position: &u64| matches!(read(*position), Cell::Newer);
         let first = (0..self.line()).map(|ahead| head.wrapping_add(ahead)).take_while(is_used).count() as u64;
         let first = head.wrapping_add(first);
-        let (mut held, mut fits) = (0, true);
+        let mut held = 0;
         for ahead in 0..self.cells.len() as u64 {
             match read(first.wrapping_add(ahead)) {
                 Cell::Full(_) if held == ahead => held += 1,
                 Cell::Empty => {}
-                _ => fits = false,
+                _ => return false,
             }
         }
-        let behind = first.wrapping_add(held).wrapping_sub(tail);
-        (fits && behind <= self.line(), seen)
+        first.wrapping_add(held).wrapping_sub(tail) <= self.line()
     }
 
     /// Empties it, whatever it says and whoever uses it meanwhile: what they push may be lost.
