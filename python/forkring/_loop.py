@@ -33,7 +33,8 @@ def run(handler: Callable[[Item], Any], yields: bool, most: int) -> None:
         # At once, for its items are another's: if asyncio cleaned up they would fail of being cancelled.
         print(format_traceback(error), file=sys.stderr)
         end(error.code if isinstance(error, SystemExit) and isinstance(error.code, int) else 1)
-    runner.run(_finish())
+    loop = runner.get_loop()
+    loop.run_until_complete(asyncio.Task(_finish(), loop=loop))
 
 
 async def _finish() -> None:

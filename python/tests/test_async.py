@@ -254,8 +254,6 @@ def blocks(count):
 
 @pytest.mark.skipif(sys.version_info < (3, 12), reason="there is no eager_task_factory")
 def test_a_handler_may_begin_its_tasks_at_once(serve, files, loop):
-    if loop == "uvloop":
-        pytest.skip("uvloop has no tasks that begin at once")
     app = serve("asynchronous.py:eager")
     items = [app.item("eager", b"%d" % id, id=id) for id in range(100)]
     assert {result.id: result.payload for result in app.stream(items)} == {id: b"%d" % id for id in range(100)}
