@@ -5,9 +5,11 @@ mod common;
 use std::{collections::BTreeSet, time::Duration};
 
 use common::{
-    Files, Server, assert_refused, assert_serves, processes, refusal, run,
+    Files, Server, assert_refused, assert_serves,
+    audit::Copy,
+    processes, refusal, run,
     server::{forkring, unique_name},
-    skip, soon,
+    skip, soon, until,
 };
 use forkring::{client::Results, proto::v1::WorkItem};
 use nix::sys::signal::Signal;
@@ -94,6 +96,62 @@ fn streams_wait_for_room_and_leave_some_to_calls() {
         }
         assert!(ids.into_iter().eq(1..=100));
         assert!(soon("the end", results.message()).await.expect("a good end").is_none());
+        server.drain().await;
+    });
+}
+
+#[test]
+fn streams_leave_some_of_the_arena_to_calls_too() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold", "count"], "arena = '256KiB'\nmax_message = '48KiB'").await;
+        let client = server.client().await;
+        let large = |id| WorkItem { payload: vec![1; 8000].into(), ..files.holding(id, "go") };
+        let items: Vec<_> = (1..=60).map(large).collect();
+        let mut results = client.process(tokio_stream::iter(items)).await.expect("a stream");
+        files.began(1).await;
+        // However much of the stream has been read, a call of as much finds room.
+        for _ in 0..50 {
+            let answer = soon("an answer", client.call(WorkItem::new("count", vec![1; 8000]))).await;
+            answer.expect("room for a call");
+        }
+        files.make("go");
+        for _ in 0..60 {
+            next_id(&mut results).await;
+        }
+        server.drain().await;
+    });
+}
+
+#[test]
+fn the_place_of_an_item_that_waits_in_vain_is_free_at_once() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold"], "capacity = 2").await;
+        let client = server.client().await;
+        let call = |id| {
+            let (client, item) = (client.clone(), files.holding(id, "go"));
+            tokio::spawn(async move { client.call(item).await })
+        };
+        let in_work = call(1);
+        files.began(1).await;
+        let waiting = call(2);
+        let in_use = || Copy::read(&server.segment()).expect("a segment").in_use().len();
+        until("both to be accepted", || (in_use() == 2).then_some(())).await;
+        let submitted = tokio::spawn({
+            let (client, item) = (client.clone(), files.holding(3, "go"));
+            async move { client.submit(tokio_stream::iter([item])).await }
+        });
+        // What was sent before this call has been read before it is answered.
+        let refused = refusal(soon("a refusal", client.call(files.holding(4, "go"))).await);
+        assert_refused(refused, (Code::ResourceExhausted, "QUEUE_FULL"), "the queue is full");
+        assert!(!in_work.is_finished() && !submitted.is_finished());
+        waiting.abort();
+        let receipt =
+            soon("a receipt, while the first is in work", submitted).await.expect("a task").expect("a receipt");
+        assert_eq!(receipt.accepted, 1);
+        files.make("go");
+        soon("an answer", in_work).await.expect("a task").expect("a result");
         server.drain().await;
     });
 }

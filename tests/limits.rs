@@ -7,11 +7,12 @@ use std::{fs, path::PathBuf, time::Duration};
 use common::{
     Files, Server, assert_refused, assert_serves,
     audit::{Copy, DONE},
+    cgroup::Cgroup,
     failure,
     health::Health,
     in_time,
     processes::{is_alive, is_stopped, signal},
-    refusal, run, soon, until,
+    refusal, run, skip, soon, until,
 };
 use forkring::{
     client::Client,
@@ -231,6 +232,30 @@ fn a_worker_that_wants_too_much_memory_dies_of_it() {
         let result = server.client().await.call(WorkItem::new("hog", "256")).await.expect("there is no limit");
         assert_eq!(result.payload, (256_u32 << 20).to_string());
         server.drain().await;
+    });
+}
+
+#[test]
+fn who_the_kernel_kills_for_want_of_memory_died_like_any_other() {
+    run(async {
+        let Some(group) = Cgroup::with_memory(&common::server::unique_name(), 256 << 20) else {
+            return skip("no memory cgroup can be made here, so no OOM killer for a test's server alone");
+        };
+        let server = Server::handlers(&["hog"], "max_attempts = 2").await;
+        let client = server.client().await;
+        let family = server.family(1).await;
+        let front = server.child("front").await;
+        // All of them, as in a container: who has most is killed, and that is who wanted too much.
+        for pid in family.iter().map(|process| process.pid).chain([server.pid()]) {
+            group.add(pid).expect("a cgroup of ours");
+        }
+        let hog = |mib: u32| client.call(WorkItem::new("hog", mib.to_string()));
+        assert_refused(refusal(soon("an answer", hog(1024)).await), CRASHED, "was killed by SIGKILL (9)");
+        // The next one works, and nobody else was harmed.
+        assert_eq!(soon("an answer", hog(32)).await.expect("a result").attempts, 1);
+        assert_eq!(server.child("front").await, front);
+        let log = server.drain().await;
+        assert_eq!(log.matches("a process died").count(), 2, "{log}");
     });
 }
 

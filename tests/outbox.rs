@@ -6,15 +6,19 @@ use std::collections::BTreeSet;
 
 use bytes::{Buf as _, BytesMut};
 use common::{
-    Files, Server, assert_refused, assert_serves, failure,
+    Files, Server, assert_refused, assert_serves,
+    audit::Copy,
+    failure,
+    processes::signal,
     raw::{Raw, framed},
-    refusal, run, soon,
+    refusal, run, soon, until,
 };
 use forkring::{
     client::{Client, Results},
     proto::v1::{GetUpdatesRequest, WorkItem, WorkResult},
 };
 use h2::client::Builder;
+use nix::sys::signal::Signal;
 use prost::Message as _;
 use tokio::sync::mpsc;
 use tokio_stream::wrappers::ReceiverStream;
@@ -263,6 +267,31 @@ fn the_outbox_is_bounded_by_bytes() {
         let (accepted, got) = tokio::join!(submitting, ids(&mut updates, 99));
         assert_eq!(accepted.expect("a task"), 30);
         assert!(got.into_iter().eq(1..=30));
+        server.drain().await;
+    });
+}
+
+#[test]
+fn room_in_the_outbox_that_small_results_leave_is_found() {
+    run(async {
+        // The outbox has room for 512 lines, and the table for more.
+        let settings = "arena = '64KiB'\nmax_message = '48KiB'\ncapacity = 2048\noutbox = 1024";
+        let server = Server::handlers(&["count"], settings).await;
+        let client = server.client().await;
+        let worker = server.child("w0").await;
+        signal(worker, Signal::SIGSTOP);
+        let submitting = tokio::spawn({
+            let client = client.clone();
+            let items = (1..=600).map(|id| WorkItem::new("count", vec![1; 64]).with_id(id).with_subscription("s"));
+            async move { submit(&client, items).await }
+        });
+        until("a full outbox", || {
+            (Copy::read(&server.segment()).expect("a segment").in_use().len() == 512).then_some(())
+        })
+        .await;
+        // Nobody fetches the results, which are some digits each.
+        signal(worker, Signal::SIGCONT);
+        assert_eq!(soon("a receipt", submitting).await.expect("a task"), 600);
         server.drain().await;
     });
 }

@@ -32,6 +32,9 @@ const CLEAR: [(Code, &str); 7] = [
     (Code::DeadlineExceeded, "DEADLINE_EXCEEDED"),
 ];
 
+/// Bytes at the beginning of a segment that nobody changes.
+const HEADER: usize = 256;
+
 /// A mapping of the segment: permissions, offset and length.
 type Mapping = (String, u64, u64);
 
@@ -216,6 +219,39 @@ fn garbage_on_any_page_is_survived_and_mended() {
         }
         assert_recovers(&server.client().await, &server).await;
         end(server).await;
+    });
+}
+
+/// What nobody changes is there again when the worker that wrote over it is dead, so that the next server knows what it finds.
+#[test]
+fn a_header_that_was_written_over_is_as_before_for_the_next_server() {
+    run(async {
+        let files = Files::new();
+        let settings = "workers = 4\ncapacity = 64\nmax_attempts = 9";
+        let server = Server::handlers(&["hold"], settings).await;
+        let client = server.client().await;
+        server.family(4).await;
+        let submitted = tokio_stream::iter([files.holding(7, "go").with_subscription("s")]);
+        assert_eq!(soon("a receipt", client.submit(submitted)).await.expect("a receipt").accepted, 1);
+        files.began(1).await;
+        // Identity, geometry and gate; then comes what changes.
+        let header = || fs::read(server.segment()).expect("the segment")[..HEADER].to_vec();
+        let before = header();
+        let segment = fs::OpenOptions::new().write(true).open(server.segment()).expect("the segment");
+        for (n, garbage) in [0, 0xff, 0x55].into_iter().enumerate() {
+            segment.write_all_at(&[garbage; HEADER], 0).expect("its own test's segment");
+            assert_ne!(header(), before);
+            signal(server.child(&format!("w{n}")).await, Signal::SIGKILL);
+            until("the header", || (header() == before).then_some(())).await;
+        }
+        let left = server.kill().await;
+        files.make("go");
+        let server = Server::handlers_as(&left.name, &["hold"], settings).await;
+        let client = server.client().await;
+        let mut updates = soon("a stream", client.updates("s", 1)).await.expect("a stream");
+        let update = soon("an update", updates.message()).await.expect("an open stream").expect("an update");
+        assert_eq!((update.id, &update.payload[..]), (7, &b"item 7"[..]));
+        server.drain().await;
     });
 }
 

@@ -3,9 +3,11 @@
 import os
 import random
 import re
+import resource
 import signal
 import subprocess
 
+import grpc
 import numpy
 import pytest
 from harness import PATIENCE
@@ -63,6 +65,34 @@ def test_who_was_ordered_of_a_nursery_that_dies_is_ordered_again(serve):
     until("the end of the worker", lambda: worker not in app.children(states=".").values())
     os.kill(nursery, signal.SIGKILL)
     assert origin(app)["born_in"] != nursery
+
+
+def test_who_the_supervisor_cannot_know_never_begins(serve):
+    app = serve("preloaded.py:origin", arguments=["--preload"], quiet=False)
+    first = origin(app)
+    limits = resource.prlimit(app.process_id, resource.RLIMIT_NOFILE)
+    # It has no descriptor for another process than it has now, not even for one in the place of the first.
+    used = descriptors(app.process_id)
+    mine = next(fd for fd in used if f"Pid:\t{first['pid']}\n" in fdinfo(app.process_id, fd))
+    least = next(fd for fd in range(len(used) + 1) if fd == mine or fd not in used)
+    resource.prlimit(app.process_id, resource.RLIMIT_NOFILE, (least, limits[1]))
+    os.kill(first["pid"], signal.SIGKILL)
+    cannot = "a nursery cannot fork, trying again"
+    until("two more", lambda: app.log().count(cannot) >= 2)
+    assert app.error("origin", timeout=0.5).code() == grpc.StatusCode.DEADLINE_EXCEEDED
+    resource.prlimit(app.process_id, resource.RLIMIT_NOFILE, limits)
+    second = origin(app)
+    assert second["pid"] == app.workers()["forkring-w0"] and second["born_in"] == first["born_in"]
+    until("the others' end", lambda: len(app.processes(".*", ".")) == 3)
+
+
+def descriptors(pid):
+    return sorted(int(fd) for fd in os.listdir(f"/proc/{pid}/fd"))
+
+
+def fdinfo(pid, fd):
+    with open(f"/proc/{pid}/fdinfo/{fd}") as file:
+        return file.read()
 
 
 def test_limits_are_for_them_too(serve):

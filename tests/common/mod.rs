@@ -3,6 +3,7 @@
 #![allow(dead_code)] // Each test file uses its own part of it.
 
 pub mod audit;
+pub mod cgroup;
 pub mod files;
 pub mod health;
 pub mod processes;
