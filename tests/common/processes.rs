@@ -48,6 +48,14 @@ pub fn is_stopped(pid: i32) -> bool {
     stat.rsplit_once(')').is_some_and(|(_, tail)| tail.starts_with(" T"))
 }
 
+/// What a process does, in the kernel's words: for whoever reads of a test that hangs.
+pub fn state(pid: i32) -> String {
+    let read = |file| fs::read_to_string(format!("/proc/{pid}/{file}")).unwrap_or_default();
+    let stat = read("stat");
+    let fields: Vec<_> = stat.split_whitespace().take(15).collect();
+    format!("{} in {}", fields.join(" "), read("wchan"))
+}
+
 /// When a process started, in clock ticks since boot.
 pub fn start_time(pid: i32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;

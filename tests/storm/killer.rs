@@ -22,7 +22,8 @@ use super::{
     chance::Chance,
     common::{
         Files, PATIENCE, Server,
-        processes::{Process, children, is_stopped},
+        audit::Copy,
+        processes::{Process, children, is_stopped, state},
         server::unique_name,
         soon, until,
     },
@@ -179,10 +180,10 @@ impl Killer {
         mend(&storm.link).await;
         // Whoever is not there when it drains gets nothing.
         storm.lasting.set(true);
-        until("all subscribers", || storm.is_attached().then_some(())).await;
+        self.subscribers().await;
         // Who was answered by a front that has been killed since knows it by now.
         sleep(Duration::from_millis(50)).await;
-        until("all subscribers", || storm.is_attached().then_some(())).await;
+        self.subscribers().await;
         let family = self.server.children();
         storm.link.cut();
         *storm.tally.borrow_mut().kills.entry("drained").or_default() += 1;
@@ -195,6 +196,25 @@ impl Killer {
         self.server.assert_drained(status, &family);
         storm.lasting.set(false);
         self.next().await;
+    }
+
+    /// Waits until all subscribers are there to stay.
+    async fn subscribers(&self) {
+        let begin = Instant::now();
+        while !self.storm.is_attached() {
+            let (server, storm) = (&self.server, &self.storm);
+            let segment = || Copy::read(&server.segment()).map(|segment| (segment.faults(), segment.in_use()));
+            let states = || server.children().iter().map(|child| state(child.pid)).collect::<Vec<_>>().join("\n");
+            assert!(
+                begin.elapsed() < PATIENCE,
+                "not all subscribers came: {:?} of {} cuts\n{}\n{:?}",
+                storm.attached.borrow(),
+                storm.link.cuts(),
+                states(),
+                segment()
+            );
+            sleep(Duration::from_millis(2)).await;
+        }
     }
 
     async fn next(&mut self) {

@@ -41,7 +41,7 @@ pub struct Storm {
     /// Subscribers stay, from now on.
     pub lasting: Cell<bool>,
     /// How often the link had been cut when each subscriber came, of those that stay.
-    attached: RefCell<HashMap<usize, u64>>,
+    pub attached: RefCell<HashMap<usize, u64>>,
 }
 
 impl Storm {
