@@ -92,20 +92,23 @@ fn two_processes(criterion: &mut Criterion, pair: &mut Pair) {
     }
     const BATCH: usize = 10_000;
     group.throughput(Throughput::Elements(BATCH as u64));
-    group.bench_function(format!("{IN_FLIGHT} in flight, 64 B, by {BATCH}"), |b| {
-        b.iter(|| pair.items(BATCH, black_box(&[1; 64])))
-    });
-    pair.play(Role::Parked);
-    group.bench_function(format!("peer: a hop through ArrayQueue, two threads, by {BATCH}"), |b| {
-        b.iter_custom(|iterations| hops(iterations as usize * BATCH))
-    });
+    for in_flight in IN_FLIGHT {
+        pair.play(Role::Spinning);
+        group.bench_function(format!("{in_flight} in flight, 64 B, by {BATCH}"), |b| {
+            b.iter(|| pair.items(BATCH, in_flight, black_box(&[1; 64])))
+        });
+        pair.play(Role::Parked);
+        group.bench_function(format!("peer: a hop through ArrayQueue of {in_flight}, two threads, by {BATCH}"), |b| {
+            b.iter_custom(|iterations| hops(iterations as usize * BATCH, in_flight))
+        });
+    }
     group.finish();
 }
 
 /// The time that so many hops take, from one thread to another, on the two cores of the pair, with as many in flight
 /// as there are items.
-fn hops(n: usize) -> Duration {
-    let queue = ArrayQueue::new(IN_FLIGHT);
+fn hops(n: usize, in_flight: usize) -> Duration {
+    let queue = ArrayQueue::new(in_flight);
     let [_, theirs] = cores();
     std::thread::scope(|scope| {
         let taker = scope.spawn(|| {
@@ -128,7 +131,7 @@ fn summary(run: Run, pair: &mut Pair, shipped: &mut Pair) {
     let payload = black_box([1; 64]);
     let mut latency = Turns::<3>::default();
     let mut tail = Turns::<1>::default();
-    let mut rate = Turns::<3>::default();
+    let mut rates = IN_FLIGHT.map(|in_flight| (in_flight, Turns::<3>::default()));
     for _ in 0..rounds {
         pair.play(Role::Line);
         let mut i = 0;
@@ -138,31 +141,35 @@ fn summary(run: Run, pair: &mut Pair, shipped: &mut Pair) {
         });
         pair.play(Role::Spinning);
         let item = trips(n, || pair.item(&payload));
-        let per_second = |n: usize, time: Duration| n as f64 / time.as_secs_f64();
-        let start = Instant::now();
-        pair.items(rate_n, &payload);
-        let items = per_second(rate_n, start.elapsed());
-        pair.play(Role::Parked);
-        let hop = per_second(rate_n, hops(rate_n));
-
         // The loop that ships looks at the clock: when an item was offered, claimed and done.
+        pair.play(Role::Parked);
         shipped.item(&payload);
         let with_clock = trips(n, || shipped.item_with(&Offer { offered: now(), kind: Kind::Call, ..OFFER }, &payload));
-        let start = Instant::now();
-        shipped.items(rate_n, &payload);
-        let with_clock_items = per_second(rate_n, start.elapsed());
         shipped.until_asleep();
+        for (in_flight, rate) in &mut rates {
+            let timed = |pair: &mut Pair| {
+                let start = Instant::now();
+                pair.items(rate_n, *in_flight, &payload);
+                start.elapsed()
+            };
+            pair.play(Role::Spinning);
+            let items = timed(pair);
+            pair.play(Role::Parked);
+            let hop = hops(rate_n, *in_flight);
+            shipped.item(&payload);
+            let with_clock = timed(shipped);
+            shipped.until_asleep();
+            rate.add([hop, items, with_clock].map(|time| rate_n as f64 / time.as_secs_f64()));
+        }
 
         let p50 = |of: &hdrhistogram::Histogram<u64>| of.value_at_quantile(0.5) as f64;
         latency.add([p50(&line), p50(&item), p50(&with_clock)]);
         tail.add([item.value_at_quantile(0.99) as f64]);
-        rate.add([hop, items, with_clock_items]);
     }
     if run == Run::Once {
         return;
     }
     let micros = |column| latency.median(column) / 1e6;
-    let millions = |column| rate.median(column) / 1e6;
     println!("\ndispatch, two processes spinning, 64 B, medians of {rounds} rounds in turns");
     println!("  line there and back       p50 {:6.3} µs", micros(0));
     println!(
@@ -172,11 +179,14 @@ fn summary(run: Run, pair: &mut Pair, shipped: &mut Pair) {
         at_most(latency.ratio(1, 0), LATENCY, "line")
     );
     println!("    by the loop that ships  p50 {:6.3} µs   {:.2} × line", micros(2), latency.ratio(2, 0));
-    println!("  ArrayQueue<u64>, one hop      {:6.2} M/s", millions(0));
-    println!(
-        "  items, {IN_FLIGHT} in flight          {:6.2} M/s   {}",
-        millions(1),
-        at_least(rate.ratio(1, 0), RATE, "ArrayQueue")
-    );
-    println!("    by the loop that ships      {:6.2} M/s   {:.2} × ArrayQueue", millions(2), rate.ratio(2, 0));
+    for (in_flight, rate) in &rates {
+        let millions = |column| rate.median(column) / 1e6;
+        println!("  ArrayQueue<u64> of {in_flight:3}, one hop {:5.2} M/s", millions(0));
+        println!(
+            "  items, {in_flight:3} in flight         {:6.2} M/s   {}",
+            millions(1),
+            at_least(rate.ratio(1, 0), RATE, "ArrayQueue")
+        );
+        println!("    by the loop that ships      {:6.2} M/s   {:.2} × ArrayQueue", millions(2), rate.ratio(2, 0));
+    }
 }

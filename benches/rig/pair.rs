@@ -26,7 +26,7 @@ use rustix::event::{PollFd, PollFlags, poll};
 use super::{cores, pin, until};
 
 /// Items in flight when it is throughput that counts.
-pub const IN_FLIGHT: usize = 64;
+pub const IN_FLIGHT: [usize; 2] = [64, 256];
 /// The largest payload.
 pub const LARGEST: usize = 4 << 20;
 
@@ -145,15 +145,6 @@ pub fn echo(worker: &mut Worker<'_>) -> bool {
     drop(item);
     reply.complete(claimed, 0, 1, 1);
     true
-}
-
-/// Before looking again, lets the other side get ahead by a few items if there were several at once: who takes each the moment
-/// that it is there takes the cache line away from whoever writes the next.
-#[inline]
-fn lag(taken: usize) {
-    if taken > 1 {
-        (0..8).for_each(|_| std::hint::spin_loop());
-    }
 }
 
 /// This process's end.
@@ -277,22 +268,20 @@ impl Pair {
         consume(&mut self.front, &completion, &mut self.into);
     }
 
-    /// `n` items there and back, up to [`IN_FLIGHT`] at a time.
-    pub fn items(&mut self, n: usize, payload: &[u8]) {
+    /// `n` items there and back, up to so many at a time.
+    pub fn items(&mut self, n: usize, in_flight: usize, payload: &[u8]) {
         let (mut offered, mut done) = (0, 0);
         while done < n {
-            while offered < n && offered - done < IN_FLIGHT && offer(&mut self.front, &OFFER, payload).is_ok() {
+            while offered < n && offered - done < in_flight && offer(&mut self.front, &OFFER, payload).is_ok() {
                 offered += 1;
             }
             self.front.ring();
-            let before = done;
             let mut next = Some(until(|| self.front.collect()));
             while let Some(completion) = next {
                 consume(&mut self.front, &completion, &mut self.into);
                 done += 1;
                 next = self.front.collect();
             }
-            lag(done - before);
         }
     }
 }
@@ -320,11 +309,7 @@ fn play(board: &Board, worker: &mut Worker<'_>, raw: &[Bell; 2]) {
             Role::Parked => raw[0].wait().expect("an eventfd"),
             Role::Line => line(board),
             Role::Spinning => until(|| {
-                let mut taken = 0;
-                while echo(worker) {
-                    taken += 1;
-                }
-                lag(taken);
+                while echo(worker) {}
                 (asked_else() || over(worker)).then_some(())
             }),
             Role::Asleep => {
