@@ -173,11 +173,14 @@ pub fn adopt_orphans(adopt: bool) -> io::Result<()> {
     Ok(rustix::process::set_child_subreaper(adopt.then(rustix::process::getpid))?)
 }
 
-/// The pids of this process's children; none, if the kernel does not tell. Right only while there is one thread.
-pub fn children() -> Vec<u32> {
+/// The pids of this process's children; none, if the kernel is one that does not tell. Right only while there is one thread.
+pub fn children() -> io::Result<Vec<u32>> {
     let pid = std::process::id();
-    let list = fs::read_to_string(format!("/proc/self/task/{pid}/children")).unwrap_or_default();
-    list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect()
+    let list = match fs::read_to_string(format!("/proc/self/task/{pid}/children")) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+        list => list?,
+    };
+    Ok(list.split_whitespace().filter_map(|pid| pid.parse().ok()).collect())
 }
 
 /// Whether a child is dead and not reaped. False for what is no child.

@@ -336,6 +336,9 @@ impl Supervisor {
             }
             self.roll(now, stage);
             self.tend(now)?;
+            if self.orphans.as_ref().and_then(|orphans| orphans.again_at).is_some_and(|due| due <= now) {
+                self.reap_orphans();
+            }
 
             self.settle(now);
             self.watch.enforce(now, |worker| self.seats.get(usize::from(worker))?.child.as_ref())?;
@@ -343,6 +346,7 @@ impl Supervisor {
             let next = self.seats.iter().filter_map(|seat| seat.restart_at.or_else(|| seat.settles_at()));
             let next = next.chain(self.nurseries.iter().filter_map(|nursery| nursery.restart_at));
             let next = next.chain(self.reload.iter().filter_map(|reload| reload.due));
+            let next = next.chain(self.orphans.iter().filter_map(|orphans| orphans.again_at));
             let next = next.chain(give_up_at).chain(self.watch.due()).min();
             let events = self.sleep(signals, next)?;
             if events.contains(&Event::Signal) && signals.fd.read_signal().map_err(io::Error::from)?.is_some() {
@@ -367,7 +371,7 @@ impl Supervisor {
                     Event::Arrival(at) => self.welcome(at)?,
                     Event::News(at) => self.hear(at),
                     Event::NurseryDeath(at) => self.bury_nursery(at)?,
-                    Event::Orphans => self.reap_orphans()?,
+                    Event::Orphans => self.reap_orphans(),
                     Event::Files => self.reload.as_mut().map_or(Ok(()), |reload| reload.note_changes(now))?,
                     Event::Checked(at) => self.conclude(at)?,
                     // Seen to above, in each turn.

@@ -330,12 +330,20 @@ impl Supervisor {
     }
 
     /// Reaps who came to this process without being its business.
-    pub(super) fn reap_orphans(&mut self) -> io::Result<()> {
-        let Some(orphans) = &self.orphans else { return Ok(()) };
-        let dead = orphans.dead(|pid| self.knows(pid))?;
+    pub(super) fn reap_orphans(&mut self) {
+        let Some(orphans) = &self.orphans else { return };
+        let (dead, again_at) = match orphans.dead(|pid| self.knows(pid)) {
+            Ok(dead) => (dead, None),
+            Err(error) => {
+                tracing::debug!(%error, "cannot look for orphans, trying again");
+                (Vec::new(), Some(Instant::now() + FORK_AGAIN))
+            }
+        };
+        if let Some(orphans) = &mut self.orphans {
+            orphans.again_at = again_at;
+        }
         // A worker is born before it dies: whoever of the dead was one is known after this.
         (0..self.nurseries.len()).for_each(|at| self.hear(at));
         dead.into_iter().filter(|pid| !self.knows(*pid)).for_each(process::reap_dead_child);
-        Ok(())
     }
 }

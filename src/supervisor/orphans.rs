@@ -8,6 +8,7 @@ use std::{
     collections::BTreeSet,
     io,
     os::fd::{AsFd, BorrowedFd},
+    time::Instant,
 };
 
 use nix::sys::{
@@ -22,17 +23,19 @@ use crate::process;
 pub struct Orphans {
     fd: SignalFd,
     earlier: BTreeSet<u32>,
+    /// When to look for the dead without a signal: there was no descriptor to look by.
+    pub again_at: Option<Instant>,
 }
 
 impl Orphans {
     /// From now on.
     pub fn adopt() -> io::Result<Self> {
-        let earlier = process::children().into_iter().collect();
+        let earlier = process::children()?.into_iter().collect();
         let mask = Self::mask();
         mask.thread_block()?;
         let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
         process::adopt_orphans(true)?;
-        Ok(Orphans { fd, earlier })
+        Ok(Orphans { fd, earlier, again_at: None })
     }
 
     fn mask() -> SigSet {
@@ -51,7 +54,7 @@ impl Orphans {
     pub fn dead(&self, is_known: impl Fn(u32) -> bool) -> io::Result<Vec<u32>> {
         while self.fd.read_signal()?.is_some() {}
         let is_stranger = |pid: &u32| !self.earlier.contains(pid) && !is_known(*pid) && process::is_dead_child(*pid);
-        Ok(process::children().into_iter().filter(is_stranger).collect())
+        Ok(process::children()?.into_iter().filter(is_stranger).collect())
     }
 }
 
