@@ -420,7 +420,8 @@ mod tests {
     fn a_ring_that_was_scribbled_over_mends_itself() {
         let garbage = [0, u64::MAX, 0x5555_5555_5555_5555, entry(1 << 40, 9)];
         for (used, held, width) in [(0, 0, 1), (3, 2, 1), (3, 2, 4), (11, 5, 3), (30, 8, 1), (30, 4, 8)] {
-            for (at, bad) in (0..9).flat_map(|at| garbage.map(|bad| (at, bad))) {
+            let places = (0..9).step_by(if cfg!(miri) { 4 } else { 1 });
+            for (at, bad) in places.flat_map(|at| garbage.map(|bad| (at, bad))) {
                 let what = format!("{used} used, {held} held, {width} words from {at} are {bad:x}");
                 let (head, entries) = memory(8);
                 let mut producer = Producer::resume(&head, &entries);

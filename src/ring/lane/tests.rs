@@ -214,7 +214,8 @@ fn what_was_scribbled_over_shows() {
 /// What those leave that die between two steps is no damage; anything else is.
 #[test]
 fn a_lane_in_which_somebody_died_is_sound() {
-    for cells in [1, 4, 8, 32] {
+    // Miri takes minutes for the last.
+    for cells in [1, 4, 8, 32].into_iter().filter(|cells| !cfg!(miri) || *cells <= 8) {
         let line = cells.min(LINE as u64);
         for (used, held) in (0..=line).flat_map(|used| (0..=cells).map(move |held| (used, held))) {
             let head = 5 * cells;
