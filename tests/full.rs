@@ -7,11 +7,14 @@ use std::{collections::BTreeSet, time::Duration};
 use common::{
     Files, Server, assert_refused, assert_serves,
     audit::Copy,
-    processes, refusal, run,
+    processes,
+    raw::{Raw, framed},
+    refusal, run,
     server::{forkring, unique_name},
     skip, soon, until,
 };
 use forkring::{client::Results, proto::v1::WorkItem};
+use h2::client::Builder;
 use nix::sys::signal::Signal;
 use prost::Message as _;
 use tokio::{sync::mpsc, task::JoinSet};
@@ -119,6 +122,29 @@ fn streams_leave_some_of_the_arena_to_calls_too() {
         for _ in 0..60 {
             next_id(&mut results).await;
         }
+        server.drain().await;
+    });
+}
+
+/// Each item in a frame of its own, as some clients send them.
+#[test]
+fn a_stream_of_tiny_frames_waits_like_any_other() {
+    const ITEMS: usize = 60_000;
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let worker = server.child("w0").await;
+        // The answers, too, may come in frames that are small.
+        let mut raw = Raw::connect_as(&server, Builder::new().data_frame_budget(usize::MAX)).await;
+        processes::signal(worker, Signal::SIGSTOP);
+        let mut exchange = raw.begin("Process", &[]).await;
+        let item = framed(&WorkItem::new("echo", "x"));
+        for at in 1..=ITEMS {
+            exchange.body.send_data(item.clone(), at == ITEMS).expect("an open stream");
+        }
+        raw.settled().await;
+        processes::signal(worker, Signal::SIGCONT);
+        let answer = exchange.answer().await;
+        assert_eq!((answer.code, answer.messages.len()), (Code::Ok, ITEMS), "{}", answer.message);
         server.drain().await;
     });
 }

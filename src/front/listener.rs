@@ -28,9 +28,10 @@ use tonic::service::Routes;
 use super::{hub::Hub, service::answer};
 
 /// Unread bytes that a client may have under way, on a stream and on a connection: wide enough that a payload of a megabyte
-/// does not wait for window updates.
+/// does not wait for window updates. h2 closes a connection on which small frames wait that cost it more than half of its window, at
+/// 256 bytes less their length each: so wide that a stream that waits for room may fill its own with the smallest items.
 const STREAM_WINDOW: u32 = 2 << 20;
-const CONNECTION_WINDOW: u32 = 8 << 20;
+const CONNECTION_WINDOW: u32 = 64 << 20;
 /// The largest frame that a client may send. One that fits the core's own cache is still there when it is copied to the arena;
 /// and each costs its client a system call.
 const MAX_FRAME: u32 = 512 << 10;
