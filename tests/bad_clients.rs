@@ -408,9 +408,10 @@ fn private_memory(pid: i32) -> usize {
 }
 
 #[test]
-fn clients_that_are_not_read_cost_a_window_each() {
+fn clients_that_are_not_read_cost_a_window_for_each_stream() {
     const CLIENTS: usize = 4;
-    const WINDOW: usize = 8 << 20;
+    const STREAMS: usize = 4;
+    const WINDOW: usize = STREAMS * (2 << 20);
     run(async {
         let files = Files::new();
         let server = Server::handlers(&["hold", "count"], "arena = '576KiB'").await;
@@ -427,8 +428,8 @@ fn clients_that_are_not_read_cost_a_window_each() {
         let mut senders = JoinSet::new();
         for n in 0..CLIENTS {
             let mut raw = Raw::connect(&server).await;
-            // Enough of them to fill the connection's window, and to want more.
-            for stream in 0..6 {
+            // Each sends as much as it may, and wants more.
+            for stream in 0..STREAMS {
                 let mut exchange = raw.begin(["Process", "Submit"][(n + stream) % 2], &[]).await;
                 let item = framed(&WorkItem::new("hold", vec![7; 300 << 10]));
                 senders.spawn(async move {
