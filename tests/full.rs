@@ -5,13 +5,11 @@ mod common;
 use std::{collections::BTreeSet, time::Duration};
 
 use common::{
-    Files, Server, assert_refused, assert_serves,
-    audit::Copy,
-    processes,
+    Files, Server, assert_refused, assert_serves, processes,
     raw::{Raw, framed},
     refusal, run,
     server::{forkring, unique_name},
-    skip, soon, until,
+    skip, soon,
 };
 use forkring::{client::Results, proto::v1::WorkItem};
 use h2::client::Builder;
@@ -145,39 +143,6 @@ fn a_stream_of_tiny_frames_waits_like_any_other() {
         processes::signal(worker, Signal::SIGCONT);
         let answer = exchange.answer().await;
         assert_eq!((answer.code, answer.messages.len()), (Code::Ok, ITEMS), "{}", answer.message);
-        server.drain().await;
-    });
-}
-
-#[test]
-fn the_place_of_an_item_that_waits_in_vain_is_free_at_once() {
-    run(async {
-        let files = Files::new();
-        let server = Server::handlers(&["hold"], "capacity = 2").await;
-        let client = server.client().await;
-        let call = |id| {
-            let (client, item) = (client.clone(), files.holding(id, "go"));
-            tokio::spawn(async move { client.call(item).await })
-        };
-        let in_work = call(1);
-        files.began(1).await;
-        let waiting = call(2);
-        let in_use = || Copy::read(&server.segment()).expect("a segment").in_use().len();
-        until("both to be accepted", || (in_use() == 2).then_some(())).await;
-        let submitted = tokio::spawn({
-            let (client, item) = (client.clone(), files.holding(3, "go"));
-            async move { client.submit(tokio_stream::iter([item])).await }
-        });
-        // What was sent before this call has been read before it is answered.
-        let refused = refusal(soon("a refusal", client.call(files.holding(4, "go"))).await);
-        assert_refused(refused, (Code::ResourceExhausted, "QUEUE_FULL"), "the queue is full");
-        assert!(!in_work.is_finished() && !submitted.is_finished());
-        waiting.abort();
-        let receipt =
-            soon("a receipt, while the first is in work", submitted).await.expect("a task").expect("a receipt");
-        assert_eq!(receipt.accepted, 1);
-        files.make("go");
-        soon("an answer", in_work).await.expect("a task").expect("a result");
         server.drain().await;
     });
 }
