@@ -3,6 +3,7 @@
 import itertools
 import os
 import queue
+import signal
 
 import pytest
 from serving import until
@@ -41,6 +42,20 @@ import forkring, helper
 @forkring.batch(max_size=8)
 def handle(items):
     return [f"{helper.NAME} {os.getpid()} {item.attempt}" for item in items]
+"""
+
+# Whoever was forked waits for the word that it may begin.
+HOLDS = """
+import os, pathlib, signal
+
+def write(fd, data, write=os.write):
+    here = pathlib.Path(__file__).parent
+    if data == b"!" and (here / "hold").exists():
+        (here / "hold").rename(here / "held")
+        signal.pause()
+    return write(fd, data)
+
+os.write = write
 """
 
 
@@ -177,6 +192,19 @@ def test_what_cannot_be_imported_is_not_taken(app, tmp_path, broken, says, mende
     (tmp_path / file).write_text(text)
     until("the second", lambda: answers(app, "second"))
     assert app.log().count("cannot be imported") == 1
+
+
+@pytest.mark.parametrize("app", ["--preload"], indirect=True)
+def test_who_is_born_of_what_has_changed_has_not_died(app, tmp_path):
+    (tmp_path / "app.py").write_text(APP + HOLDS)
+    (tmp_path / "helper.py").write_text("NAME = 'second'\n")
+    until("the second", lambda: answers(app, "second"))
+    (tmp_path / "hold").touch()
+    os.kill(told(app)[1], signal.SIGKILL)
+    until("one that waits for its word", (tmp_path / "held").exists)
+    (tmp_path / "helper.py").write_text("NAME = 'third'\n")
+    until("the third", lambda: answers(app, "third"))
+    assert app.log().count("a process died") == 1, "whom the test has killed"
 
 
 def test_a_class_that_cannot_be_made_waits_for_the_next_change(serve, tmp_path):

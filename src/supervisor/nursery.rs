@@ -252,12 +252,13 @@ impl Supervisor {
                         Err(error) => self.went_wrong(seat, now, &error),
                     }
                     // Who is not known never begins, or two would be in one seat. If the nursery cannot be told it is dead, and
-                    // who is known ends, too, which is seen as any other death.
+                    // who is known ends, too.
                     let answer: &[u8] = if is_known { b"true" } else { b"false" };
                     let told = self.nurseries[at].process.as_ref().map(|process| process.socket.send(answer));
-                    if let Some(Err(error)) = told {
+                    if let Some(Err(error)) = &told {
                         tracing::debug!(%error, "a nursery is gone");
                     }
+                    self.seats[seat].is_orphan = self.nurseries[at].is_renewed || !matches!(told, Some(Ok(_)));
                 }
                 Ok(Some(News::Stillborn(why))) => {
                     let Some(seat) = self.nurseries[at].ordered.take() else { continue };
