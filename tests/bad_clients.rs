@@ -23,6 +23,10 @@ use tokio::{
 use tokio_stream::wrappers::ReceiverStream;
 use tonic::Code;
 
+/// Bytes that the server lets a client send ahead.
+const STREAM_WINDOW: usize = 2 << 20;
+const CONNECTION_WINDOW: usize = 64 << 20;
+
 /// An item that takes most of the arena of these tests' servers, so that there is room for one at a time.
 fn large() -> WorkItem {
     WorkItem::new("echo", vec![7; 300 << 10])
@@ -409,54 +413,62 @@ fn private_memory(pid: i32) -> usize {
 
 #[test]
 fn clients_that_are_not_read_cost_a_window_for_each_stream() {
-    const CLIENTS: usize = 4;
-    const STREAMS: usize = 4;
-    const WINDOW: usize = STREAMS * (2 << 20);
-    run(async {
-        let files = Files::new();
-        let server = Server::handlers(&["hold", "count"], "arena = '576KiB'").await;
-        let client = server.client().await;
-        // While the worker has this there is no room for another one.
-        let held = WorkItem { payload: vec![7; 300 << 10].into(), ..files.holding(1, "go") };
-        let held = tokio::spawn({
-            let client = client.clone();
-            async move { client.call(held).await }
-        });
-        files.began(1).await;
-        let front = server.child("front").await;
-        let before = private_memory(front);
-        let mut senders = JoinSet::new();
-        for n in 0..CLIENTS {
-            let mut raw = Raw::connect(&server).await;
-            // Each sends as much as it may, and wants more.
-            for stream in 0..STREAMS {
-                let mut exchange = raw.begin(["Process", "Submit"][(n + stream) % 2], &[]).await;
-                let item = framed(&WorkItem::new("hold", vec![7; 300 << 10]));
-                senders.spawn(async move {
-                    loop {
-                        exchange.body.reserve_capacity(item.len());
-                        let more = std::future::poll_fn(|cx| exchange.body.poll_capacity(cx)).await;
-                        let _ = more.expect("an open stream").expect("capacity");
-                        exchange.body.send_data(item.clone(), false).expect("an open stream");
-                    }
-                });
-            }
+    run(unread(4, 4, 4 * 4 * STREAM_WINDOW));
+}
+
+#[test]
+fn a_client_of_which_many_streams_are_not_read_costs_the_window_of_its_connection() {
+    run(unread(1, 64, CONNECTION_WINDOW));
+}
+
+/// Clients send as much as they may, on streams that wait for room, and want more. `windows` is what all of them hold then.
+async fn unread(clients: usize, streams: usize, windows: usize) {
+    const ITEM: usize = 300 << 10;
+    let files = Files::new();
+    let server = Server::handlers(&["hold", "count"], "arena = '576KiB'").await;
+    let client = server.client().await;
+    // While the worker has this there is no room for another one.
+    let held = WorkItem { payload: vec![7; ITEM].into(), ..files.holding(1, "go") };
+    let held = tokio::spawn({
+        let client = client.clone();
+        async move { client.call(held).await }
+    });
+    files.began(1).await;
+    let front = server.child("front").await;
+    let before = private_memory(front);
+    let mut senders = JoinSet::new();
+    for n in 0..clients {
+        let mut raw = Raw::connect(&server).await;
+        for stream in 0..streams {
+            let mut exchange = raw.begin(["Process", "Submit"][(n + stream) % 2], &[]).await;
+            let item = framed(&WorkItem::new("hold", vec![7; ITEM]));
             senders.spawn(async move {
-                let _raw = raw;
-                std::future::pending().await
+                loop {
+                    exchange.body.reserve_capacity(item.len());
+                    let more = std::future::poll_fn(|cx| exchange.body.poll_capacity(cx)).await;
+                    let _ = more.expect("an open stream").expect("capacity");
+                    exchange.body.send_data(item.clone(), false).expect("an open stream");
+                }
             });
         }
-        until("full windows", || (private_memory(front) > before + CLIENTS * (WINDOW - (1 << 20))).then_some(())).await;
-        for _ in 0..100 {
-            soon("an answer", client.call(WorkItem::new("count", ""))).await.expect("others are served");
-            let grown = private_memory(front) - before;
-            assert!(grown < CLIENTS * WINDOW + (8 << 20), "{} MiB", grown >> 20);
-        }
-        senders.shutdown().await;
-        files.make("go");
-        soon("an answer", held).await.expect("a task").expect("a result");
-        server.drain().await;
-    });
+        senders.spawn(async move {
+            let _raw = raw;
+            std::future::pending().await
+        });
+    }
+    let least = windows - clients * (1 << 20);
+    until("full windows", || (private_memory(front) > before + least).then_some(())).await;
+    // And each stream has taken up the item that waits.
+    let most = windows + clients * streams * ITEM + (8 << 20);
+    for _ in 0..100 {
+        soon("an answer", client.call(WorkItem::new("count", ""))).await.expect("others are served");
+        let grown = private_memory(front) - before;
+        assert!(grown < most, "{} MiB", grown >> 20);
+    }
+    senders.shutdown().await;
+    files.make("go");
+    soon("an answer", held).await.expect("a task").expect("a result");
+    server.drain().await;
 }
 
 #[test]
