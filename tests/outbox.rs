@@ -141,6 +141,30 @@ fn subscribers_of_one_name_share_its_results() {
     });
 }
 
+/// Items that come one at a time are not all for whoever subscribed first, or one with a limit would wait for ever.
+#[test]
+fn subscribers_of_one_name_take_turns() {
+    run(async {
+        const ITEMS: u64 = 40;
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let clients = [server.client().await, server.client().await];
+        let mut one = soon("a stream", clients[0].updates("s", 0)).await.expect("a stream");
+        let mut two = soon("a stream", clients[1].updates("s", 0)).await.expect("a stream");
+        let client = server.client().await;
+        let mut counts = [0, 0];
+        for id in 1..=ITEMS {
+            submit(&client, [item(id, 100, "s")]).await;
+            let of_which = async { tokio::select!(got = one.message() => (0, got), got = two.message() => (1, got)) };
+            let (which, got) = soon("an update", of_which).await;
+            assert_eq!(got.expect("an open stream").expect("an update").id, id);
+            counts[which] += 1;
+        }
+        assert!(counts.iter().all(|count| *count >= ITEMS / 4), "{counts:?}");
+        drop((one, two));
+        server.drain().await;
+    });
+}
+
 /// Subscribes with a window of so many bytes, reads as many, and goes away: by a reset, or without a word.
 /// The ids of the results that it got whole.
 async fn read_a_part(server: &Server, window: u32, reset: bool) -> Vec<u64> {

@@ -79,8 +79,12 @@ impl Subscription {
         self.pending.get() == 0 && self.ready.borrow().is_empty()
     }
 
+    /// Wakes all: who is woken first is likely to take what there is, and another is the next time.
     fn wake(&self) {
-        self.wakers.borrow_mut().drain(..).for_each(Waker::wake);
+        let mut wakers = self.wakers.borrow_mut();
+        let first = wakers.len().min(1);
+        wakers.rotate_left(first);
+        wakers.drain(..).for_each(Waker::wake);
     }
 }
 
