@@ -76,19 +76,41 @@ mod tests {
         front.offer(&offer, &mut request).unwrap();
     }
 
+    const GEOMETRY: Geometry = Geometry {
+        items: 64,
+        fronts: 1,
+        workers: 2,
+        pools: 1,
+        request_bytes: 1 << 16,
+        result_bytes: 1 << 16,
+        letter_bytes: 0,
+    };
+
+    #[test]
+    fn zeros_are_garbage_too() {
+        let name = format!("unit-zeros-{}", std::process::id());
+        let owner = SegmentOwner::create(&name, GEOMETRY).unwrap();
+        let (topology, bells) = (Topology::new([2]), Bells::new(1, 2).unwrap());
+        let view = |slot| &*Box::leak(Box::new(Segment::attach(owner.object(), &name, slot).unwrap()));
+        let supervisor = view(Slot::Supervisor);
+        begin_lanes(supervisor);
+        let (mut front, _) = Front::attach(view(Slot::Front(0)), topology.clone(), bells.clone(), 0);
+        let mut worker = Worker::attach(view(Slot::Worker(0)), topology, bells, 0).unwrap();
+        assert!(front.collect().is_none());
+        (1..=3).for_each(|id| offer(&mut front, id));
+        (0..lanes(supervisor)).for_each(|lane| supervisor.lane(lane).zero());
+        assert!(worker.take().is_none());
+        assert_eq!(mend(supervisor), lanes(supervisor));
+        assert!(front.collect().is_none());
+        front.ring();
+        let taken: Vec<_> = std::iter::from_fn(|| worker.take()).map(|claimed| claimed.id()).collect();
+        assert_eq!(taken.len(), 3);
+    }
+
     #[test]
     fn nothing_that_was_offered_before_or_after_is_lost() {
-        let geometry = Geometry {
-            items: 64,
-            fronts: 1,
-            workers: 2,
-            pools: 1,
-            request_bytes: 1 << 16,
-            result_bytes: 1 << 16,
-            letter_bytes: 0,
-        };
         let name = format!("unit-mend-{}", std::process::id());
-        let owner = SegmentOwner::create(&name, geometry).unwrap();
+        let owner = SegmentOwner::create(&name, GEOMETRY).unwrap();
         let (topology, bells) = (Topology::new([2]), Bells::new(1, 2).unwrap());
         let view = |slot| &*Box::leak(Box::new(Segment::attach(owner.object(), &name, slot).unwrap()));
         let (mut front, _) = Front::attach(view(Slot::Front(0)), topology.clone(), bells.clone(), 0);

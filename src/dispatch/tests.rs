@@ -266,9 +266,11 @@ fn an_item_knows_its_time() {
         rig.offer(Offer { deadline, offered: 5, ..CALL }, b"").unwrap();
         let claimed = rig.workers[0].take().unwrap();
         assert_eq!((claimed.deadline(), claimed.offered(), claimed.attempt()), (deadline, 5, 1));
-        let (item, _) = rig.workers[0].open(&claimed, 0).unwrap();
+        let (item, reply) = rig.workers[0].open(&claimed, 0).unwrap();
+        assert!(!reply.is_streamed());
         assert_eq!(item.deadline(), (deadline > 0).then(|| Duration::from_nanos(deadline)));
         assert_eq!(item.is_cancelled(), is_over);
+        assert_eq!(item.given_up(), is_over.then(Failure::deadline));
         match item.remaining() {
             None => assert_eq!(deadline, 0),
             Some(left) => assert!(left <= Duration::from_nanos(hour) && left.is_zero() == is_over, "{left:?}"),

@@ -211,6 +211,26 @@ mod tests {
     }
 
     #[test]
+    fn a_claim_takes_what_is_ready_in_this_generation_and_lane_and_nothing_else() {
+        for attempts in [0, 1, u8::MAX] {
+            let ready = Word::new(7, 3, 0, Phase::Ready, attempts);
+            let claim = |word: Word, generation, lane| {
+                let memory = AtomicU64::new(word.0);
+                (Word::claim(&memory, generation, lane, 5), Word::load(&memory))
+            };
+            let claimed = ready.with(Phase::Claimed, 5);
+            assert_eq!(claim(ready, 7, 3), (Some(claimed), claimed));
+            for (generation, lane) in [(6, 3), (8, 3), (7, 2)] {
+                assert_eq!(claim(ready, generation, lane), (None, ready));
+            }
+            for other in [(Phase::Free, 0), (Phase::Claimed, 4), (Phase::Done, 4), (Phase::Ready, 4)] {
+                let word = ready.with(other.0, other.1);
+                assert_eq!(claim(word, 7, 3), (None, word));
+            }
+        }
+    }
+
+    #[test]
     #[should_panic = "a word was changed by somebody else"]
     fn a_store_over_somebody_elses_is_noticed() {
         let memory = AtomicU64::new(1);

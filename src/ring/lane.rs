@@ -320,6 +320,12 @@ impl<'a> Lane<'a> {
         first.wrapping_add(held).wrapping_sub(tail) <= self.line()
     }
 
+    /// What a process that runs wild may do to its cells.
+    #[cfg(test)]
+    pub fn zero(&self) {
+        self.cells.iter().for_each(|cell| cell.store(0, Relaxed));
+    }
+
     /// Empties it, whatever it says and whoever uses it meanwhile: what they push may be lost.
     pub fn reset(&self) {
         let cells = self.cells.len() as u64;

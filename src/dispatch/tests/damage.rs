@@ -1,7 +1,7 @@
 //! Hints that are lost, and records that somebody wrote over.
 
 use super::*;
-use crate::segment::GRANULE;
+use crate::{ring::Hint, segment::GRANULE};
 
 #[test]
 fn what_no_hint_tells_is_found_by_looking() {
@@ -42,6 +42,7 @@ fn a_result_that_there_was_no_room_to_tell_of_is_found() {
     let stream = rig.offer(Offer { id: 1, kind: Kind::Stream, ..CALL }, b"").unwrap();
     let claimed = rig.workers[0].take().unwrap();
     let mut reply = rig.workers[0].reply(&claimed, 0);
+    assert!(reply.is_streamed());
     let mut told = 0;
     // The front takes parts and does not look at what tells of them.
     while rig.supervisor.rescan(0).load(Relaxed) == 0 {
@@ -178,4 +179,15 @@ fn a_result_that_is_impossible_is_none() {
     rig.workers[1].reply(&claimed, 0).complete(claimed, 5, 20, 30);
     let done = rig.front.collect().unwrap();
     assert_eq!((done.outcome, done.times), (Outcome::Failure(5), [0, 20, 30]));
+}
+
+#[test]
+fn a_hint_of_no_item_leads_to_none() {
+    let mut rig = rig("hints");
+    for index in [ITEMS, ITEMS + 1, (1 << 20) - 1] {
+        rig.supervisor.lane(0).push(Hint { index, generation: 0 }).unwrap();
+    }
+    assert!(rig.workers[0].take().is_none());
+    rig.call(1);
+    assert_eq!((rig.work(0), rig.collect()), (vec![1], vec![1]));
 }
