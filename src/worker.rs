@@ -37,6 +37,7 @@ pub fn run(worker: &mut Worker<'_>, handler: &mut dyn Handler, spin: Spin, max_r
     let slot = Slot::Worker(worker.number());
     loop {
         if worker.segment().is_retiring(slot) {
+            worker.ring();
             crash_point!("worker.retired");
             return Ok(());
         }

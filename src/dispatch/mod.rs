@@ -163,6 +163,15 @@ impl Bells {
         self.end.has_rung()
     }
 
+    #[cold]
+    fn ring(&self, slot: Slot) {
+        match slot {
+            Slot::Front(n) => ring(self.front(n)),
+            Slot::Worker(n) => ring(self.worker(n)),
+            Slot::Supervisor => {}
+        }
+    }
+
     /// Rings everybody, whether they sleep or not: after a death, and to drain.
     pub fn ring_all(&self) {
         self.fronts.iter().chain(&self.workers).for_each(ring);
@@ -196,11 +205,15 @@ pub(crate) fn wake_worker(segment: &Segment, topology: &Topology, bells: &Bells,
 #[inline]
 pub(crate) fn wake(segment: &Segment, bells: &Bells, slot: Slot) {
     if segment.sleeping(slot).wake_one().is_some() {
-        match slot {
-            Slot::Front(n) => ring(bells.front(n)),
-            Slot::Worker(n) => ring(bells.worker(n)),
-            Slot::Supervisor => {}
-        }
+        bells.ring(slot);
+    }
+}
+
+/// The same, if the caller has made a successful compare-exchange since it published.
+#[inline]
+pub(crate) fn wake_after_exchange(segment: &Segment, bells: &Bells, slot: Slot) {
+    if segment.sleeping(slot).wake_one_after_exchange().is_some() {
+        bells.ring(slot);
     }
 }
 

@@ -72,6 +72,7 @@ impl<'s> Open<'s> {
         self.is_completed = true;
         let (claimed, began) = (self.claimed.duplicate(), self.began);
         self.reply().complete(claimed, 0, began, now());
+        self.output.borrow_mut().ring();
     }
 
     /// Completes it with a failure.
@@ -83,6 +84,7 @@ impl<'s> Open<'s> {
         self.is_completed = true;
         let (claimed, began) = (self.claimed.duplicate(), self.began);
         self.reply().fail(claimed, failure, began, now());
+        self.output.borrow_mut().ring();
     }
 }
 

@@ -17,7 +17,7 @@ use super::{
     partial::{self, Entry, LEAD},
     request::{self, kind_of},
     waiting::{Credit, Room, Waiter},
-    wake,
+    wake, wake_after_exchange,
 };
 use crate::{
     arena::{Block, Memory, Partition, Span},
@@ -125,6 +125,8 @@ pub(super) struct Output<'s> {
     submitted_bytes: u64,
     /// Since when none of them was fetched while room was waited for.
     standstill: Option<Instant>,
+    /// The front that completed items were returned to since it was looked whether it sleeps.
+    unrung: Option<u16>,
 }
 
 impl<'s> Output<'s> {
@@ -177,6 +179,7 @@ impl<'s> Output<'s> {
             results,
             held: Vec::new(),
             standstill: None,
+            unrung: None,
         }
     }
 
@@ -307,11 +310,12 @@ impl<'s> Output<'s> {
         crash_point!("partial.put");
         let lent = Lent { index: target.index, word: target.word, partial: Some((number, entry)) };
         self.results.push_back(Kept { lent, memory: Memory::Own(block), hold, submitted_bytes: 0 });
-        self.tell(target.front, target.index);
+        self.hint(target.front, target.index);
+        wake(self.segment, &self.bells, Slot::Front(target.front));
         crash_point!("partial.told");
     }
 
-    /// Stores DONE, tells the front, and wakes it if it sleeps.
+    /// Stores DONE and tells the front. [`Output::ring`] or [`Output::ring_after_claim`] must follow, to wake it.
     #[inline(always)]
     pub fn complete(&mut self, claimed: &Claimed<'_>, code: u32, times: [u64; 2]) {
         let record = claimed.record;
@@ -322,18 +326,39 @@ impl<'s> Output<'s> {
         // The completion point.
         claimed.word.with(Phase::Done, self.number).store(&record.word, claimed.word);
         crash_point!("complete.done");
-        self.tell(claimed.front, claimed.index);
+        if self.unrung.is_some_and(|unrung| unrung != claimed.front) {
+            self.ring();
+        }
+        self.hint(claimed.front, claimed.index);
+        self.unrung = Some(claimed.front);
         crash_point!("complete.told");
     }
 
-    /// There is something to see of an item.
+    /// Wakes the front that completed items were returned to, if it sleeps.
+    #[inline]
+    pub fn ring(&mut self) {
+        if let Some(front) = self.unrung.take() {
+            wake(self.segment, &self.bells, Slot::Front(front));
+            crash_point!("complete.rung");
+        }
+    }
+
+    /// The same, if this worker has just claimed another item.
     #[inline(always)]
-    fn tell(&mut self, front: u16, index: u32) {
+    pub fn ring_after_claim(&mut self) {
+        if let Some(front) = self.unrung.take() {
+            wake_after_exchange(self.segment, &self.bells, Slot::Front(front));
+            crash_point!("complete.rung");
+        }
+    }
+
+    /// There is something to see of an item. Wake its front after it.
+    #[inline(always)]
+    fn hint(&mut self, front: u16, index: u32) {
         if !self.producers[usize::from(front)].push(index) {
             // I2: pairs with I2' in the front's scan: whoever sees the flag finds the item DONE, or its slots full.
             self.segment.rescan(front).fetch_or(1, Release);
         }
-        wake(self.segment, &self.bells, Slot::Front(front));
     }
 
     /// What is waited for when there is no credit.

@@ -335,7 +335,8 @@ impl<'s> Reply<'_, 's> {
         }
     }
 
-    /// Completes the item with these bytes as its result; `code` is 0 or that of the failure they describe.
+    /// Completes the item with these bytes as its result; `code` is 0 or that of the failure they describe. The front is woken by
+    /// the worker's next [`take`](super::Worker::take), or [`ring`](super::Worker::ring).
     // Not by value: a move of what was written field by field waits for the stores.
     #[inline(always)]
     pub fn complete(&mut self, claimed: Claimed<'_>, code: u32, claimed_at: u64, done_at: u64) {

@@ -10,9 +10,11 @@ use tonic::Code;
 
 use super::*;
 use crate::{
+    config::Spin,
     doorbell::Bell,
     process::now,
-    segment::{Geometry, INLINE, SegmentOwner, Stage},
+    segment::{Geometry, INLINE, Liveness, SegmentOwner, Stage},
+    worker,
 };
 
 const ITEMS: u32 = 8;
@@ -451,12 +453,58 @@ fn only_who_sleeps_is_rung_and_one_for_each_item() {
 
     rig.front.going_to_sleep();
     rig.workers[worker].reply(&first, 0).complete(first, 0, 0, 0);
+    rig.workers[worker].ring();
     assert!(rig.rung().1, "a front that sleeps is told");
     rig.front.going_to_sleep();
     rig.front.awake();
     rig.workers[worker].reply(&second, 0).complete(second, 0, 0, 0);
+    rig.workers[worker].ring();
     assert!(!rig.rung().1);
     assert_eq!(rig.collect().len(), 4);
+}
+
+/// A handler may take long, or for ever: what was completed before it must be known by then.
+#[test]
+fn a_front_is_woken_before_its_worker_does_anything_else() {
+    let mut rig = rig("wake-front");
+    for id in [1, 2] {
+        rig.call(id);
+    }
+    let first = rig.workers[0].take().unwrap();
+    rig.front.going_to_sleep();
+    rig.workers[0].reply(&first, 0).complete(first, 0, 0, 0);
+    let second = rig.workers[0].take().unwrap();
+    assert!(rig.rung().1, "the next item is claimed");
+    rig.front.going_to_sleep();
+    rig.workers[0].reply(&second, 0).complete(second, 0, 0, 0);
+    assert!(rig.workers[0].take().is_none());
+    assert!(rig.rung().1, "there is no more");
+    rig.front.going_to_sleep();
+    assert!(rig.workers[0].take().is_none());
+    rig.workers[0].ring();
+    assert!(!rig.rung().1, "once");
+
+    for id in [3, 4] {
+        rig.call(id);
+    }
+    for ends in [Open::complete, |open: Open<'_>| open.fail(&Failure::deadline())] {
+        let claimed = rig.workers[0].take().unwrap();
+        let open = rig.workers[0].open_beside(&claimed, 0, now()).unwrap();
+        rig.front.going_to_sleep();
+        ends(open);
+        assert!(rig.rung().1, "who has others open may come back late");
+    }
+
+    rig.call(5);
+    rig.front.going_to_sleep();
+    let supervisor = rig.supervisor;
+    let mut retires = |_: &Item<'_>, _: &mut Reply<'_, '_>| {
+        supervisor.set_liveness(Slot::Worker(0), Liveness::Retiring(1));
+        Ok(())
+    };
+    worker::run(&mut rig.workers[0], &mut retires, Spin::Off, 0).unwrap();
+    assert!(rig.rung().1, "who retires takes no more");
+    assert_eq!(rig.collect(), [1, 2, 3, 4, 5]);
 }
 
 #[test]
@@ -655,10 +703,17 @@ fn fronts_share_the_items_and_nothing_else() {
         claimed.push(one);
     }
     sweep_front(supervisor, &bells, 1);
+    [0, 1, 2].iter().for_each(|&n| _ = has_rung(bells.front(n)));
+    fronts.iter().for_each(Front::going_to_sleep);
     for one in claimed {
         assert_eq!(one.is_cancelled(), one.id() == 1, "its front is dead");
         worker.reply(&one, 0).complete(one, 0, 0, 0);
     }
+    let rung = || [0, 1, 2].map(|n| has_rung(bells.front(n)));
+    assert_eq!(rung(), [true, true, false], "the last may have more");
+    worker.ring();
+    assert_eq!(rung(), [false, false, true]);
+    fronts.iter().for_each(Front::awake);
     for (n, front) in fronts.iter_mut().enumerate() {
         while let Some(done) = front.collect() {
             assert_eq!(done.id, n as u64);

@@ -209,7 +209,7 @@ impl<'s> Worker<'s> {
         self.segment
     }
 
-    /// Claims the next item of the pool: the oldest of the highest priority.
+    /// Claims the next item of the pool: the oldest of the highest priority. Wakes the front of the items completed before it.
     #[inline(always)]
     pub fn take(&mut self) -> Option<Claimed<'s>> {
         let Worker { segment, number, lanes, fetched, .. } = self;
@@ -231,11 +231,20 @@ impl<'s> Worker<'s> {
             };
             if let (Some(hint), Some(word)) = (lane.take_ahead(claim, ahead), word) {
                 crash_point!("take.claimed");
+                // Before anything else is done: it may take long.
+                self.output.borrow_mut().ring_after_claim();
                 let front = request::front_of(segment, hint.index);
                 return Some(Claimed { index: hint.index, front, word, record: segment.item(hint.index) });
             }
         }
+        self.ring();
         None
+    }
+
+    /// Wakes the front of the items completed since the last [`Worker::take`], which does that, too: for who takes no more.
+    #[inline]
+    pub fn ring(&self) {
+        self.output.borrow_mut().ring();
     }
 
     /// The item as its handler sees it, and an empty result of at most `most` bytes. None if the front wrote something

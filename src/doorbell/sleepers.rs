@@ -17,7 +17,8 @@
 //! The two fences are totally ordered. If D0 comes first, the waker's load sees the bit and rings. If D1 comes first,
 //! the sleeper's look sees what was published. The fences are needed and acquire/release is not enough: without them
 //! both loads may be satisfied before either store is visible. They are fences and not SeqCst accesses because the
-//! publication is a Release store of another module, and because loom models them.
+//! publication is a Release store of another module, and because loom models them. A waker that makes a compare-exchange
+//! after it published, for a purpose of its own, has the fence for nothing ([`Sleepers::wake_one_after_exchange`]).
 //!
 //! A waker *clears* the bit it rings for, so that of several wakers one makes the syscall. If it is killed between the
 //! two, or the process that it woke is killed, the supervisor rings everybody: it does so after every death.
@@ -28,7 +29,7 @@
 
 use crate::{
     crash_point::crash_point,
-    sync::{AtomicU64, Ordering::*, fence},
+    sync::{AtomicU64, Ordering::*, fence, fence_after_exchange},
 };
 
 /// The sleepers of one place, a bit each: the parked flag of a front, the idle bitmap of a pool.
@@ -67,6 +68,17 @@ impl<'a> Sleepers<'a> {
     pub fn wake_one(&self) -> Option<usize> {
         // D1: pairs with D0.
         fence(SeqCst);
+        self.clear_lowest()
+    }
+
+    /// The same, if the caller has made a successful compare-exchange since it published.
+    pub fn wake_one_after_exchange(&self) -> Option<usize> {
+        // D1: pairs with D0.
+        fence_after_exchange();
+        self.clear_lowest()
+    }
+
+    fn clear_lowest(&self) -> Option<usize> {
         for (i, word) in self.words.iter().enumerate() {
             let mut bits = word.load(Relaxed);
             while bits != 0 {

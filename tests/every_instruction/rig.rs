@@ -55,6 +55,8 @@ fn work(worker: &mut Worker<'_>) -> bool {
     reply.write(item.payload()).expect("there is room");
     drop(item);
     reply.complete(claimed, 0, 1, 1);
+    drop(reply);
+    worker.ring();
     true
 }
 

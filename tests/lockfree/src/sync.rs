@@ -107,6 +107,11 @@ pub fn fence(order: Ordering) {
     accessed(());
 }
 
+/// loom knows no exchange that is a fence: it is one of its own.
+pub fn fence_after_exchange() {
+    fence(Ordering::SeqCst);
+}
+
 /// A step was lost against somebody else's: loom lets the others run.
 pub fn retry() {
     loom::thread::yield_now();

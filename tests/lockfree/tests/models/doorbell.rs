@@ -85,13 +85,18 @@ impl House {
     }
 
     fn complete(&self, hint: Hint, producer: &mut Producer<'_>) {
+        self.return_hint(hint, producer);
+        if Sleepers::new(&self.door).wake_one().is_some() {
+            self.bells[FRONT].notify();
+        }
+    }
+
+    /// Without the waker's half.
+    fn return_hint(&self, hint: Hint, producer: &mut Producer<'_>) {
         let word = &self.world.items[hint.index as usize].word;
         let claimed = Word::load(word);
         claimed.with(Phase::Done, claimed.owner()).store(word, claimed);
         assert!(producer.push(hint.index));
-        if Sleepers::new(&self.door).wake_one().is_some() {
-            self.bells[FRONT].notify();
-        }
     }
 
     fn producer(&self, worker: usize) -> Producer<'_> {
@@ -143,6 +148,24 @@ fn there_and_back() {
         spawn(&house, |house| {
             let hint = house.work_once(0, OTHER);
             house.complete(hint, &mut house.producer(0));
+        }),
+    ]);
+}
+
+/// The worker looks whether the front sleeps when it has claimed its next item, which it may never complete.
+fn back_before_the_next() {
+    let house = House::new(2);
+    house.world.push(0, 1);
+    house.world.push(1, 1);
+    join([
+        spawn(&house, |house| house.collect(1)),
+        spawn(&house, |house| {
+            let hint = house.work_once(0, OTHER);
+            house.return_hint(hint, &mut house.producer(0));
+            house.work_once(0, OTHER);
+            if Sleepers::new(&house.door).wake_one_after_exchange().is_some() {
+                house.bells[FRONT].notify();
+            }
         }),
     ]);
 }
@@ -260,6 +283,7 @@ fn no_wakeup_is_lost() {
     Check::new("doorbell, bits are taken once", 4).holds(bits_are_taken_once);
     Check::new("doorbell, there", 3).holds(there);
     Check::new("doorbell, there and back", 3).holds(there_and_back);
+    Check::new("doorbell, back before the next", 3).holds(back_before_the_next);
     Check::new("doorbell, two workers, an item", 2).holds(|| two_workers(1));
     Check::new("doorbell, two workers, two items", 1).holds(|| two_workers(2));
 }
@@ -282,6 +306,7 @@ fn a_death_that_nobody_is_told_of_is_noticed() {
 fn the_fences_are_needed() {
     Check::new("doorbell without fences", 3).without(Fault::Fence).fails("deadlock", there);
     Check::new("doorbell without fences, back", 3).without(Fault::Fence).fails("deadlock", there_and_back);
+    Check::new("doorbell without fences, back before the next", 3).without(Fault::Fence).fails("deadlock", back_before_the_next);
     Check::new("doorbell with AcqRel fences", 3).without(Fault::FenceOrder).fails("deadlock", there);
 }
 
