@@ -17,7 +17,7 @@
 use std::sync::atomic::Ordering::*;
 
 use super::lanes;
-use crate::segment::Segment;
+use crate::{process::now, segment::Segment};
 
 /// Of a front's `rescan`: look at every item.
 pub(super) const LOOK: u64 = 1;
@@ -26,7 +26,7 @@ pub(super) const HINT: u64 = 2;
 
 /// Begins lanes of zeros in a later lap than the first: then zeros are in no lane that is in use, and show like other garbage.
 pub fn begin_lanes(segment: &Segment) {
-    (0..lanes(segment)).for_each(|lane| segment.lane(lane).reset());
+    (0..lanes(segment)).for_each(|lane| segment.lane(lane).reset(now()));
 }
 
 /// Makes lanes anew that were scribbled over; how many. Ring the fronts after it.
@@ -37,7 +37,7 @@ pub fn mend(segment: &Segment) -> u32 {
     }
     let mut mended = 0;
     for lane in (0..lanes(segment)).map(|lane| segment.lane(lane)).filter(|lane| !lane.is_sound()) {
-        lane.reset();
+        lane.reset(now());
         mended += 1;
     }
     if mended > 0 {

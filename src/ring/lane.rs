@@ -71,7 +71,8 @@ pub struct Lane<'a> {
     pushed: Last,
 }
 
-/// Where a view was last, and what the counter was then. It spares looking through the line for the first cell that was not used.
+/// Where a view was last, and what the counter was then: as long as it is that, nobody looks through the line for the first cell
+/// that was not used. A counter is never the same again, not even when the lane was reset.
 #[derive(Clone, Copy, Debug, Default)]
 struct Last {
     counter: u64,
@@ -150,18 +151,10 @@ impl<'a> Lane<'a> {
         self.cells.len().min(LINE) as u64
     }
 
-    /// Where to begin: where this view was last, if that is in the counter's line and the cell before it shows that it still holds.
-    /// It does not if the lane was reset meanwhile, which may have led to the same counter again.
+    /// Where to begin: where this view was last, if that is in the counter's line.
     #[inline]
-    fn begin(&self, counter: u64, last: Last, holds: impl Fn(Cell) -> bool) -> u64 {
-        let before = last.at.wrapping_sub(1);
-        if last.counter != counter || last.at == counter {
-            counter
-        } else if holds(self.read(before, self.cell(before).load(Relaxed))) {
-            last.at
-        } else {
-            counter
-        }
+    fn begin(counter: u64, last: Last) -> u64 {
+        if last.counter == counter { last.at } else { counter }
     }
 
     /// The position behind `at`, once a counter that is at `from` has passed the line if that is its end. `from` becomes what the
@@ -180,7 +173,12 @@ impl<'a> Lane<'a> {
     #[inline]
     pub fn push(&mut self, hint: Hint) -> Result<(), Full> {
         let mut tail = self.tail.load(Relaxed);
-        let mut at = self.begin(tail, self.pushed, |before| matches!(before, Cell::Full(_) | Cell::Newer));
+        let mut at = Self::begin(tail, self.pushed);
+        // What it most likely is, without looking first: so the line moves here once, for writing. L0 and L1' as below.
+        if self.cell(at).compare_exchange(self.empty(at), self.full(at, hint), AcqRel, Relaxed).is_ok() {
+            self.move_on(tail, at);
+            return Ok(());
+        }
         for _ in 0..self.tries() {
             let cell = self.cell(at);
             // L1': an emptied cell's taker is done with it.
@@ -196,10 +194,7 @@ impl<'a> Lane<'a> {
                 Cell::Empty | Cell::Older | Cell::OlderFull => {
                     // L0: whoever sees the hint sees the READY item behind it.
                     if cell.compare_exchange(seen, self.full(at, hint), Release, Relaxed).is_ok() {
-                        crash_point!("lane.pushed");
-                        let at = self.pass(self.tail, &mut tail, at);
-                        self.pushed = Last { counter: tail, at };
-                        crash_point!("lane.told");
+                        self.move_on(tail, at);
                         return Ok(());
                     }
                 }
@@ -208,6 +203,15 @@ impl<'a> Lane<'a> {
             retry();
         }
         Err(Full)
+    }
+
+    /// What follows a push.
+    #[inline]
+    fn move_on(&mut self, mut tail: u64, at: u64) {
+        crash_point!("lane.pushed");
+        let at = self.pass(self.tail, &mut tail, at);
+        self.pushed = Last { counter: tail, at };
+        crash_point!("lane.told");
     }
 
     /// How often `push` and `take` look.
@@ -234,7 +238,7 @@ impl<'a> Lane<'a> {
     #[inline]
     pub fn take_ahead(&mut self, mut claim: impl FnMut(Hint) -> bool, mut ahead: impl FnMut(Hint)) -> Option<Hint> {
         let mut head = self.head.load(Relaxed);
-        let mut at = self.begin(head, self.taken, |before| matches!(before, Cell::Newer));
+        let mut at = Self::begin(head, self.taken);
         for _ in 0..self.tries() {
             let cell = self.cell(at);
             // L0': the item behind the hint is READY or newer.
@@ -274,7 +278,7 @@ impl<'a> Lane<'a> {
     /// Whether a taker would find nothing, stale hints aside.
     pub fn is_empty(&self) -> bool {
         let head = self.head.load(Relaxed);
-        let mut at = self.begin(head, self.taken, |before| matches!(before, Cell::Newer));
+        let mut at = Self::begin(head, self.taken);
         // At most a line is used before the head is moved on. If it is more, others are taking: then there was something.
         for _ in 0..=self.line() {
             // Acquire as in `take`; the caller of a look before sleeping has the doorbell's fence before it.
@@ -326,12 +330,16 @@ impl<'a> Lane<'a> {
         self.cells.iter().for_each(|cell| cell.store(0, Relaxed));
     }
 
-    /// Empties it, whatever it says and whoever uses it meanwhile: what they push may be lost.
-    pub fn reset(&self) {
+    /// Empties it, whatever it says and whoever uses it meanwhile: what they push may be lost. `mark` is one that no reset had
+    /// before, as the time is.
+    pub fn reset(&self, mark: u64) {
         let cells = self.cells.len() as u64;
-        // Counters that somebody has in hand right now must not fit again.
+        // Cells that somebody has in hand right now must not fit again,
         let newest = self.tail.load(Relaxed).max(self.head.load(Relaxed));
-        let start = newest.wrapping_add(8 * cells) & !(self.line() - 1);
+        let ahead = newest.wrapping_add(8 * cells) & !(self.line() - 1);
+        // nor counters that a view remembers: these are of no lap, so the bits above laps tell them from each other.
+        let bits = self.lap_bits + LAP_MASK.count_ones();
+        let start = mark << bits | ahead & !(u64::MAX << bits);
         for position in (0..cells).map(|ahead| start.wrapping_add(ahead)) {
             self.cell(position).store(self.empty(position), Release);
         }

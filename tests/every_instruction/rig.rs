@@ -170,7 +170,7 @@ impl Rig {
     /// Lanes with the same way to go each time: past what was used of a line to its last cell, and on to the next line.
     fn begin_lanes(&self) {
         for mut lane in (0..PRIORITIES).map(|lane| self.supervisor.lane(lane)) {
-            lane.reset();
+            lane.reset(process::now());
             for _ in 1..8 {
                 lane.push(Hint { index: 0, generation: 0 }).expect("an empty lane");
             }

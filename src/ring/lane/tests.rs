@@ -175,7 +175,7 @@ fn garbage_is_survived_and_mended() {
             let _ = (lane.push(hint(i)), lane.take(|_| false), lane.take(|_| true), lane.is_empty());
         }
         let _ = lane.is_sound();
-        lane.reset();
+        lane.reset(1);
         assert_eq!(memory.head.load(Relaxed) % lane.line(), 0, "{seed}: a line is passed at its end");
         for round in 0..3 {
             assert!(lane.is_sound() && lane.is_empty(), "{seed} {round}");
@@ -346,7 +346,7 @@ fn what_was_begun_before_a_reset_fails_after_it() {
             lane.push(hint(i)).unwrap();
             lane.take(|_| i < 5);
         }
-        lane.reset();
+        lane.reset(1);
         let near = 2 * cells as u64;
         for counter in (0..2 * near + 7).map(|n| start.wrapping_sub(near).wrapping_add(n)) {
             let cell = lane.cell(counter).load(Relaxed);
@@ -366,7 +366,7 @@ fn a_view_of_before_a_reset_is_as_good_as_any_after_it() {
     for round in 0..5 {
         memory.head.store(0x5555, Relaxed);
         memory.tail.store(0x5555, Relaxed);
-        memory.lane().reset();
+        memory.lane().reset(round);
         for i in 0..3 {
             pusher.push(hint(i)).unwrap();
         }
