@@ -27,6 +27,8 @@ use super::{cores, pin, until};
 
 /// Items in flight when it is throughput that counts.
 pub const IN_FLIGHT: [usize; 2] = [64, 256];
+/// Results that are collected in one go.
+const BURST: usize = 64;
 /// The largest payload.
 pub const LARGEST: usize = 4 << 20;
 
@@ -268,7 +270,8 @@ impl Pair {
         consume(&mut self.front, &completion, &mut self.into);
     }
 
-    /// `n` items there and back, up to so many at a time.
+    /// `n` items there and back, up to so many at a time. Results are collected in bursts, as by the front that ships; of as many
+    /// records as the first-level cache holds.
     pub fn items(&mut self, n: usize, in_flight: usize, payload: &[u8]) {
         let (mut offered, mut done) = (0, 0);
         while done < n {
@@ -277,10 +280,12 @@ impl Pair {
             }
             self.front.ring();
             let mut next = Some(until(|| self.front.collect()));
+            let mut burst = 0;
             while let Some(completion) = next {
                 consume(&mut self.front, &completion, &mut self.into);
                 done += 1;
-                next = self.front.collect();
+                burst += 1;
+                next = if burst < BURST { self.front.collect() } else { None };
             }
         }
     }

@@ -378,8 +378,9 @@ impl<'s> Front<'s> {
             let consumer = &mut self.consumers[self.cursor];
             if let Some(index) = consumer.pop() {
                 self.segment.fetch(index);
-                if let Some(next) = consumer.peek() {
-                    self.segment.fetch(next);
+                // The next one was fetched with the one before.
+                if let Some(after_next) = consumer.peek(1) {
+                    self.segment.fetch(after_next);
                 }
                 return Some(index);
             }

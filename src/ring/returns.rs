@@ -165,12 +165,13 @@ impl<'a> Consumer<'a> {
         consumer
     }
 
-    /// The index that `pop` will give next, if it is there already.
+    /// The index that `pop` will give after `skipped` others, if it is there already.
     #[inline]
-    pub fn peek(&self) -> Option<u32> {
+    pub fn peek(&self, skipped: u64) -> Option<u32> {
+        let position = self.position.wrapping_add(skipped);
         // Relaxed: good for fetching ahead what it is about, and no more.
-        let seen = self.entries[slot(self.entries, self.position)].load(Relaxed);
-        is_at(seen, self.position).then_some((seen & INDEX_MASK) as u32)
+        let seen = self.entries[slot(self.entries, position)].load(Relaxed);
+        is_at(seen, position).then_some((seen & INDEX_MASK) as u32)
     }
 
     /// The next index, if there is one.
@@ -321,7 +322,7 @@ mod tests {
                     0..=2 => assert!(pushed - popped > len - quarter, "{seed}: there is room"),
                     3..=5 => {
                         let next = (popped < pushed).then_some(popped as u32);
-                        assert_eq!((consumer.peek(), consumer.pop()), (next, next), "{seed}");
+                        assert_eq!((consumer.peek(0), consumer.pop()), (next, next), "{seed}");
                         popped += u64::from(next.is_some());
                     }
                     6 => {
@@ -333,7 +334,7 @@ mod tests {
                         // As a front does, for it may be the first.
                         prepare(&head, &entries);
                         consumer = Consumer::resume(&head, &entries);
-                        let again = consumer.peek().map_or(0, |next| popped - u64::from(next));
+                        let again = consumer.peek(0).map_or(0, |next| popped - u64::from(next));
                         assert!(again < quarter, "{seed}: {again} again");
                         popped -= again;
                     }
