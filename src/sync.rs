@@ -4,7 +4,7 @@
 pub(crate) use core::sync::atomic::{AtomicU64, Ordering, fence};
 
 /// A SeqCst fence for a thread that has just made a successful compare-exchange. On x86 that was a full barrier, with whatever
-/// ordering it was asked for, so that only the compiler must be kept from reordering; a fence more would be a fifth of a
+/// ordering it was asked for, so that only the compiler must be kept from reordering; a fence more would be a quarter of a
 /// worker's time. Linux has the same as `smp_mb__after_atomic`.
 #[inline(always)]
 pub(crate) fn fence_after_exchange() {

@@ -115,6 +115,8 @@ fn handle<'s>(
         Ok(Err(failure)) => reply.fail(claimed, &failure, began, done),
         Err(panic) => {
             let failure = Failure::new(Code::Internal, "HANDLER_PANICKED", panic_message(&*panic));
+            // What it carries may take its time to go.
+            drop(panic);
             reply.fail(claimed, &failure, began, done);
         }
     }
@@ -138,4 +140,39 @@ fn panic_message(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<&str>().map(ToString::to_string);
     let text = text.or_else(|| panic.downcast_ref::<String>().cloned());
     format!("the handler panicked: {}", text.as_deref().unwrap_or("with no message"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{
+        dispatch::{Bells, Front, Item, Kind, Offer, Reply, Topology},
+        segment::{Geometry, Liveness, Segment, SegmentOwner},
+    };
+
+    #[test]
+    fn who_retires_wakes_the_front_first() {
+        let (request_bytes, result_bytes) = (1 << 17, 1 << 17);
+        let geometry =
+            Geometry { items: 1, fronts: 1, workers: 1, pools: 1, request_bytes, result_bytes, letter_bytes: 0 };
+        let owner = SegmentOwner::create(&format!("unit-worker-{}", std::process::id()), geometry).unwrap();
+        let view = |slot| Segment::attach(owner.object(), owner.name(), slot).unwrap();
+        let [ours, theirs, supervisor] = [Slot::Front(0), Slot::Worker(0), Slot::Supervisor].map(view);
+        let (topology, bells) = (Topology::new([1]), Bells::new(1, 1).unwrap());
+        let (mut front, _) = Front::attach(&ours, topology.clone(), bells.clone(), 0);
+        let mut worker = Worker::attach(&theirs, topology, bells.clone(), 0).unwrap();
+        let (kind, subscription, metadata) = (Kind::Call, &[][..], &[][..]);
+        let offer = Offer { pool: 0, priority: 0, id: 1, offered: now(), deadline: 0, kind, subscription, metadata };
+        let mut request = front.request(0).unwrap();
+        front.offer(&offer, &mut request).unwrap();
+        bells.front(0).drain().unwrap();
+        front.going_to_sleep();
+        let mut retires = |_: &Item<'_>, _: &mut Reply<'_, '_>| {
+            supervisor.set_liveness(Slot::Worker(0), Liveness::Retiring(1));
+            Ok(())
+        };
+        run(&mut worker, &mut retires, Spin::Off, 0).unwrap();
+        assert!(bells.front(0).has_rung());
+        assert!(front.collect().is_some());
+    }
 }

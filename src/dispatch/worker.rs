@@ -212,7 +212,7 @@ impl<'s> Worker<'s> {
     /// Claims the next item of the pool: the oldest of the highest priority. Wakes the front of the items completed before it.
     #[inline(always)]
     pub fn take(&mut self) -> Option<Claimed<'s>> {
-        let Worker { segment, number, lanes, fetched, .. } = self;
+        let Worker { segment, number, lanes, fetched, output, .. } = self;
         let (segment, number) = (*segment, *number);
         for (lane_number, lane) in lanes {
             let mut word = None;
@@ -222,6 +222,10 @@ impl<'s> Worker<'s> {
                     segment.fetch(hint.index);
                 }
                 word = claim(segment, hint, *lane_number, number);
+                if word.is_none() {
+                    // There may be many stale hints before the next item.
+                    output.borrow_mut().ring();
+                }
                 word.is_some()
             };
             // While this item is worked on, the next one's lines are on their way.
@@ -232,7 +236,7 @@ impl<'s> Worker<'s> {
             if let (Some(hint), Some(word)) = (lane.take_ahead(claim, ahead), word) {
                 crash_point!("take.claimed");
                 // Before anything else is done: it may take long.
-                self.output.borrow_mut().ring_after_claim();
+                output.borrow_mut().ring_after_claim();
                 let front = request::front_of(segment, hint.index);
                 return Some(Claimed { index: hint.index, front, word, record: segment.item(hint.index) });
             }

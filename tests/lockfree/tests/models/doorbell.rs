@@ -306,7 +306,9 @@ fn a_death_that_nobody_is_told_of_is_noticed() {
 fn the_fences_are_needed() {
     Check::new("doorbell without fences", 3).without(Fault::Fence).fails("deadlock", there);
     Check::new("doorbell without fences, back", 3).without(Fault::Fence).fails("deadlock", there_and_back);
-    Check::new("doorbell without fences, back before the next", 3).without(Fault::Fence).fails("deadlock", back_before_the_next);
+    Check::new("doorbell without fences, back before the next", 3)
+        .without(Fault::Fence)
+        .fails("deadlock", back_before_the_next);
     Check::new("doorbell with AcqRel fences", 3).without(Fault::FenceOrder).fails("deadlock", there);
 }
 
