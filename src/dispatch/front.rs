@@ -378,7 +378,7 @@ impl<'s> Front<'s> {
             let consumer = &mut self.consumers[self.cursor];
             if let Some(index) = consumer.pop() {
                 self.segment.fetch(index);
-                // The next one was fetched with the one before.
+                // Two ahead: one is too late while more than the first-level cache holds are in flight.
                 if let Some(after_next) = consumer.peek(1) {
                     self.segment.fetch(after_next);
                 }
@@ -402,6 +402,8 @@ impl<'s> Front<'s> {
         let asked = self.segment.rescan(self.number).swap(0, AcqRel);
         crash_point!("scan.begun");
         self.consumers.iter_mut().for_each(Consumer::check);
+        // Who died may have written where these were last.
+        self.lanes.iter_mut().for_each(Lane::forget);
         let (workers, now) = (self.segment.geometry().workers, now());
         for index in self.first..self.first + self.known.len() as u32 {
             let record = self.segment.item(index);

@@ -33,7 +33,7 @@
 //! | word | writers | pairs |
 //! |---|---|---|
 //! | cell | pushers (empty → full), takers (full → empty at the next lap) | **L0** Release push → **L0'** Acquire take; **L1** Release empty → **L1'** Acquire push |
-//! | tail | pushers, each to the next line | Relaxed: a hint about the cells, checked against them |
+//! | tail | pushers, each to the next line | Relaxed: a hint about the cells |
 //! | head | takers, each to the next line | Relaxed: the same |
 
 use super::{GENERATION_BITS, Hint, INDEX_BITS};
@@ -72,7 +72,8 @@ pub struct Lane<'a> {
 }
 
 /// Where a view was last, and what the counter was then: as long as it is that, nobody looks through the line for the first cell
-/// that was not used. A counter is never the same again, not even when the lane was reset.
+/// that was not used. A counter is not the same again, not even when the lane was reset (but for the chance that two resets are a
+/// multiple of the time apart that is left of it above the laps, to the nanosecond).
 #[derive(Clone, Copy, Debug, Default)]
 struct Last {
     counter: u64,
@@ -157,6 +158,15 @@ impl<'a> Lane<'a> {
         if last.counter == counter { last.at } else { counter }
     }
 
+    /// The same for a taker, if the cell before it shows that it still holds: a look at the line in which it takes costs nothing.
+    #[inline]
+    fn begin_taking(&self, head: u64) -> u64 {
+        let at = Self::begin(head, self.taken);
+        let before = at.wrapping_sub(1);
+        let holds = || matches!(self.read(before, self.cell(before).load(Relaxed)), Cell::Newer);
+        if at == head || holds() { at } else { head }
+    }
+
     /// The position behind `at`, once a counter that is at `from` has passed the line if that is its end. `from` becomes what the
     /// counter is by then.
     #[inline]
@@ -205,6 +215,12 @@ impl<'a> Lane<'a> {
         Err(Full)
     }
 
+    /// The next push looks through its line again. Somebody may have written over it in a way that [`Lane::is_sound`] does not see: then
+    /// there is a gap, and no taker looks behind it until it is filled.
+    pub fn forget(&mut self) {
+        self.pushed = Last::default();
+    }
+
     /// What follows a push.
     #[inline]
     fn move_on(&mut self, mut tail: u64, at: u64) {
@@ -238,7 +254,7 @@ impl<'a> Lane<'a> {
     #[inline]
     pub fn take_ahead(&mut self, mut claim: impl FnMut(Hint) -> bool, mut ahead: impl FnMut(Hint)) -> Option<Hint> {
         let mut head = self.head.load(Relaxed);
-        let mut at = Self::begin(head, self.taken);
+        let mut at = self.begin_taking(head);
         for _ in 0..self.tries() {
             let cell = self.cell(at);
             // L0': the item behind the hint is READY or newer.
@@ -278,7 +294,7 @@ impl<'a> Lane<'a> {
     /// Whether a taker would find nothing, stale hints aside.
     pub fn is_empty(&self) -> bool {
         let head = self.head.load(Relaxed);
-        let mut at = Self::begin(head, self.taken);
+        let mut at = self.begin_taking(head);
         // At most a line is used before the head is moved on. If it is more, others are taking: then there was something.
         for _ in 0..=self.line() {
             // Acquire as in `take`; the caller of a look before sleeping has the doorbell's fence before it.

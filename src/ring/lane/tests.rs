@@ -376,6 +376,24 @@ fn a_view_of_before_a_reset_is_as_good_as_any_after_it() {
     }
 }
 
+/// What is written over as if it had never been pushed does not show, and is filled once somebody may have done that.
+#[test]
+fn a_gap_is_filled_by_who_forgets_where_it_was() {
+    let memory = Memory::new(16);
+    let (mut pusher, mut taker) = (memory.lane(), memory.lane());
+    for i in 0..5 {
+        pusher.push(hint(i)).unwrap();
+        assert_eq!(taker.take(|_| true), Some(hint(i)));
+    }
+    pusher.cell(4).store(pusher.empty(4), Relaxed);
+    assert!(pusher.is_sound());
+    pusher.forget();
+    for i in 5..8 {
+        pusher.push(hint(i)).unwrap();
+        assert_eq!(taker.take(|_| true), Some(hint(i)));
+    }
+}
+
 /// A cell that no taker will come to is used again.
 #[test]
 fn a_left_over_cell_does_not_close_the_lane() {
