@@ -27,8 +27,9 @@ use super::{cores, pin, until};
 
 /// Items in flight when it is throughput that counts.
 pub const IN_FLIGHT: [usize; 2] = [64, 256];
-/// Results that are collected in one go.
-const BURST: usize = 64;
+/// Results that are collected before more is offered, as many as by the front that ships and for its reason: who takes back all that
+/// is in flight before it offers again leaves the worker without work.
+const BURST: usize = 8;
 /// The largest payload.
 pub const LARGEST: usize = 4 << 20;
 
@@ -270,8 +271,7 @@ impl Pair {
         consume(&mut self.front, &completion, &mut self.into);
     }
 
-    /// `n` items there and back, up to so many at a time. Results are collected in bursts, as by the front that ships; of as many
-    /// records as the first-level cache holds.
+    /// `n` items there and back, up to so many at a time.
     pub fn items(&mut self, n: usize, in_flight: usize, payload: &[u8]) {
         let (mut offered, mut done) = (0, 0);
         while done < n {
