@@ -339,7 +339,7 @@ fn counters_that_say_full_do_not_close_an_empty_lane() {
 /// Whoever is in the middle of a push or a take has a counter of before, and the cell that it leads to.
 #[test]
 fn what_was_begun_before_a_reset_fails_after_it() {
-    for (cells, start) in [(4, 0), (4, 1003), (16, 4711), (16, u64::MAX - 40)] {
+    for (cells, start) in [(4, 0), (4, 1003), (16, 4711), (64, 9), (16, u64::MAX - 40)] {
         let memory = Memory::at(cells, start);
         let mut lane = memory.lane();
         for i in 0..7 {
