@@ -191,3 +191,19 @@ fn a_hint_of_no_item_leads_to_none() {
     rig.call(1);
     assert_eq!((rig.work(0), rig.collect()), (vec![1], vec![1]));
 }
+
+/// A lane may have been written over so that it looks as if nothing had ever been pushed: that is sound. A front that has
+/// looked after the death goes by what is there now.
+#[test]
+fn a_front_that_has_looked_pushes_where_the_lane_begins() {
+    let mut rig = rig("gap");
+    rig.call(1);
+    assert_eq!((rig.work(0), rig.collect()), (vec![1], vec![1]));
+    let lane = rig.supervisor.lane(lane_of(0, CALL.priority).into());
+    lane.zero();
+    assert!(lane.is_sound());
+    rig.supervisor.rescan(0).fetch_or(mend::LOOK, Relaxed);
+    assert!(rig.front.collect().is_none());
+    rig.call(2);
+    assert_eq!((rig.work(0), rig.collect()), (vec![2], vec![2]));
+}
