@@ -121,7 +121,7 @@ struct Seat {
     /// The worker was told to end, for another.
     is_retiring: bool,
     /// Its nursery was ended, perhaps before it said that the worker may begin: then the worker ends.
-    is_orphan: bool,
+    may_not_begin: bool,
     /// What a worker that is a program rings when it has attached.
     arrival: Option<Bell>,
 }
@@ -218,7 +218,7 @@ impl Supervisor {
             record: Record::new(),
             returned: 0,
             is_retiring: false,
-            is_orphan: false,
+            may_not_begin: false,
             arrival,
         };
         // Workers first, so that the front finds them there.
@@ -498,7 +498,7 @@ impl Supervisor {
         if is_front && take(&mut self.is_first_front) && status.code() == Some(EXIT_HOPELESS.into()) {
             return Err(SupervisorError::Front);
         }
-        let never_began = std::mem::take(&mut seat.is_orphan) && !seat.record.has_arrived();
+        let never_began = std::mem::take(&mut seat.may_not_begin) && !seat.record.has_arrived();
         let has_retired = (std::mem::take(&mut seat.is_retiring) || never_began) && status.success();
         if has_retired {
             tracing::debug!(process, pid, "ended, for another");

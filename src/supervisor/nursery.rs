@@ -258,7 +258,7 @@ impl Supervisor {
                     if let Some(Err(error)) = &told {
                         tracing::debug!(%error, "a nursery is gone");
                     }
-                    self.seats[seat].is_orphan = self.nurseries[at].is_renewed || !matches!(told, Some(Ok(_)));
+                    self.seats[seat].may_not_begin = self.nurseries[at].is_renewed || !matches!(told, Some(Ok(_)));
                 }
                 Ok(Some(News::Stillborn(why))) => {
                     let Some(seat) = self.nurseries[at].ordered.take() else { continue };

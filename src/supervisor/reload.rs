@@ -200,7 +200,7 @@ impl Supervisor {
             reload.current = reload.current.filter(|seat| !seats.contains(seat));
             if let Some(nursery) = self.nurseries.iter_mut().find(|nursery| nursery.pool() == pool) {
                 nursery.renew();
-                self.seats[seats].iter_mut().for_each(|seat| seat.is_orphan = true);
+                self.seats[seats].iter_mut().for_each(|seat| seat.may_not_begin = true);
             }
         }
         Ok(())

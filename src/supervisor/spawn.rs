@@ -81,7 +81,7 @@ impl Supervisor {
         let seat = &mut self.seats[at];
         tracing::debug!(process = seat.name, pid = child.pid(), "started");
         seat.record.begin();
-        (seat.is_retiring, seat.is_orphan) = (false, false);
+        (seat.is_retiring, seat.may_not_begin) = (false, false);
         if seat.arrival.is_none() {
             seat.record.arrive(Instant::now());
         }
