@@ -232,6 +232,11 @@ impl<'s> Front<'s> {
         record.offered.store(offer.offered, Relaxed);
         record.deadline.store(offer.deadline, Relaxed);
         record.kind.store(kind_word(offer.kind, offer.subscription.len()), Relaxed);
+        // What another use left: its generation comes again after 2^28 uses.
+        record.cancelled.store(0, Relaxed);
+        if offer.kind == Kind::Stream {
+            record.partials.iter().for_each(|slot| slot.store(0, Relaxed));
+        }
         crash_point!("offer.filled");
 
         let lane = super::lane_of(offer.pool, offer.priority);
@@ -239,9 +244,10 @@ impl<'s> Front<'s> {
         ready.store(&record.word, word);
         crash_point!("offer.ready");
         let hint = Hint { index, generation: ready.generation() };
-        if self.lanes[usize::from(lane)].push(hint).is_err() {
-            // No hint leads to it, so nobody can have claimed it.
-            ready.with(Phase::Free, 0).store(&record.word, ready);
+        // Without a hint nobody claims it, unless there is an old one of a generation that has come again: then it was as good.
+        if self.lanes[usize::from(lane)].push(hint).is_err()
+            && ready.with(Phase::Free, 0).exchange(&record.word, ready).is_ok()
+        {
             if let Some(block) = extra {
                 self.arena.free(block);
             }

@@ -352,6 +352,23 @@ fn who_gives_up_gets_nothing_however_far_the_item_is() {
     assert!(rig.supervisor.item(index).is_cancelled(again.generation()));
 }
 
+/// After 2^28 uses of a record its generation comes again: what was left of the other use is nobody's.
+#[test]
+fn what_another_use_of_a_record_left_is_not_the_next_ones() {
+    let mut rig = rig("again");
+    let index = rig.call(1);
+    assert_eq!((rig.work(0), rig.collect()), (vec![1], vec![1]));
+    let record = rig.supervisor.item(index);
+    let next = rig.word(index).offered(1).generation();
+    record.cancel(next);
+    record.partials.iter().for_each(|slot| partial::Entry::new(next, 0).put(slot));
+    assert_eq!(rig.offer(Offer { kind: Kind::Stream, ..CALL }, b""), Ok(index));
+    let claimed = rig.workers[0].take().unwrap();
+    assert_eq!(claimed.word.generation(), next);
+    assert!(!claimed.is_cancelled());
+    assert!(rig.front.partial(index).is_none());
+}
+
 #[test]
 fn an_item_that_expires_ends_unless_a_worker_has_it() {
     let mut rig = rig("expire");
