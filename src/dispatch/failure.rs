@@ -64,6 +64,9 @@ impl Failure {
 
     /// What a result of this code says, whatever the bytes are.
     pub(crate) fn from_result(code: u32, bytes: &[u8]) -> Self {
+        // Of a copy: a worker that runs wild may write to its result while this looks at it.
+        let most = 3 + usize::from(u8::MAX) + usize::from(u16::MAX) + TRACEBACK;
+        let bytes = bytes[..bytes.len().min(most)].to_vec();
         let (lens, rest) = bytes.split_first_chunk::<3>().unwrap_or((&[0; 3], &[]));
         let (reason, rest) = rest.split_at(rest.len().min(lens[0].into()));
         let (message, traceback) = rest.split_at(rest.len().min(u16::from_le_bytes([lens[1], lens[2]]).into()));
