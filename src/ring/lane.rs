@@ -359,6 +359,7 @@ impl<'a> Lane<'a> {
         for position in (0..cells).map(|ahead| start.wrapping_add(ahead)) {
             self.cell(position).store(self.empty(position), Release);
         }
+        // Behind the cells, for who follows a counter to them: what loads it is Relaxed, but where to look depends on it.
         self.tail.store(start, Release);
         self.head.store(start, Release);
     }
