@@ -48,9 +48,10 @@ pub fn run(py: Python<'_>, handler: Py<PyAny>, yields: bool, describe: Py<PyAny>
 impl Handler for Function {
     fn handle(&mut self, item: &dispatch::Item<'_>, reply: &mut dispatch::Reply<'_, '_>) -> Result<(), Failure> {
         Python::attach(|py| {
-            // SAFETY: `end` below is on every way, before `reply` is used and both end.
+            // SAFETY: `end` is on every way, by `lending` also on that of a panic, before `reply` is used and both end.
             let lent = unsafe { Item::lend(item, reply, self.segment, self.pool.clone_ref(py)) };
             let lent = Py::new(py, lent).map_err(Failure::handler)?;
+            let lending = Lending(lent.get(), py);
             let outcome = self.handler.bind(py).call1((&lent,)).map_err(|error| self.failure(py, error));
             // The result may be a view of the payload: it is read before that ends, and gone after.
             let written = match outcome {
@@ -58,9 +59,18 @@ impl Handler for Function {
                 Ok(returned) => lent.get().write(&returned, As::Result, true).map(drop),
                 Err(failure) => Err(failure),
             };
-            lent.get().end(py);
+            drop(lending);
             written
         })
+    }
+}
+
+/// Takes back what was lent to a handler.
+struct Lending<'a, 'py>(&'a Item, Python<'py>);
+
+impl Drop for Lending<'_, '_> {
+    fn drop(&mut self) {
+        self.0.end(self.1);
     }
 }
 
