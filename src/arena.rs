@@ -14,9 +14,9 @@
 //! only between its claim and its DONE. So a slice that is borrowed by the rules of [`crate::dispatch`] is not
 //! written under its reader. Requests are mapped read-only in workers, and a worker maps no partition but its own,
 //! so a worker that breaks the rules can at worst change the bytes of its own results while they are sent: the reader
-//! copies them to a socket, and decides nothing by them before it has made a copy (`Failure::from_result`). There is one exception within the rules, of the same kind: of
-//! a stream that was reset, HTTP/2 may still be writing the rest of a frame whose result went to another subscriber
-//! and was freed; its client ignores it.
+//! copies them to a socket, and decides nothing by them before it has made a copy (`Failure::from_result`). There is one
+//! exception within the rules, of the same kind: of a stream that was reset, HTTP/2 may still be writing the rest of a
+//! frame whose result went to another subscriber and was freed; its client ignores it.
 #![allow(unsafe_code)]
 
 use std::{

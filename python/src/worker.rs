@@ -65,7 +65,7 @@ impl Handler for Function {
     }
 }
 
-/// Takes back what was lent to a handler.
+/// Takes back what was lent to a handler, when it is dropped.
 struct Lending<'a, 'py>(&'a Item, Python<'py>);
 
 impl Drop for Lending<'_, '_> {
