@@ -104,6 +104,9 @@ pub struct Config {
     pub outbox: Option<u32>,
     /// How many clients may be connected at a time. Default: 4096.
     pub max_connections: u32,
+    /// How many streams one connection may reset in a minute before the server could begin with them. A client that resets
+    /// more is disconnected. Default: 50000.
+    pub max_resets: u32,
     /// How long a client may take for the next 64 KiB of a message that it has begun to send, or for its end. Default: 10 s.
     #[serde(deserialize_with = "units::duration")]
     pub body_timeout: Duration,
@@ -139,6 +142,7 @@ impl Default for Config {
             grace: Duration::from_secs(30),
             outbox: None,
             max_connections: 4096,
+            max_resets: 50_000,
             body_timeout: Duration::from_secs(10),
             python: None,
             log: LogFormat::Text,
@@ -225,6 +229,7 @@ impl Config {
         in_range("max_attempts", u32::from(self.max_attempts), 1, u32::from(u8::MAX))?;
         in_range("outbox", self.outbox(), 1, self.capacity)?;
         in_range("max_connections", self.max_connections, 1, u32::MAX)?;
+        in_range("max_resets", self.max_resets, 1, u32::MAX)?;
         self.validate_sizes()?;
         if let Spin::For(duration) = self.spin
             && duration > MAX_SPIN
@@ -356,6 +361,7 @@ mod tests {
             grace = "1m"
             outbox = 10
             max_connections = 7
+            max_resets = 9
             body_timeout = "1.5s"
             python = "/opt/python"
             log = "json"
@@ -394,6 +400,7 @@ mod tests {
             grace: Duration::from_secs(60),
             outbox: Some(10),
             max_connections: 7,
+            max_resets: 9,
             body_timeout: Duration::from_millis(1500),
             python: Some("/opt/python".into()),
             log: LogFormat::Json,
@@ -460,6 +467,7 @@ mod tests {
             (refusal(|c| c.outbox = Some(0)), "outbox is 0"),
             (refusal(|c| c.outbox = Some(16385)), "outbox is 16385: choose from 1 to 16384"),
             (refusal(|c| c.max_connections = 0), "max_connections is 0"),
+            (refusal(|c| c.max_resets = 0), "max_resets is 0"),
             (refusal(|c| c.max_message = ByteSize::new(0)), "max_message is 0"),
             (refusal(|c| c.max_message = ByteSize::mib(4096)), "max_message is 4GiB"),
             (

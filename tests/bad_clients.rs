@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use bytes::Bytes;
 use common::{
     Files, Server, assert_refused, assert_serves,
-    raw::{Answer, DATA, END_STREAM, Exchange, Frames, Raw, framed},
+    frames::{DATA, END_STREAM, Frames},
+    raw::{Answer, Exchange, Raw, framed},
     run, soon, until,
 };
 use forkring::proto::v1::{self, GetUpdatesRequest, WorkItem, WorkResult};
@@ -281,10 +282,15 @@ fn headers_have_a_limit() {
     run(async {
         let server = Server::serve(&["--pool", "echo=echo"]).await;
         let mut raw = Raw::connect(&server).await;
+        let item = framed(&WorkItem::new("echo", "x"));
         let long = "x".repeat(20_000);
+        let refused = raw.ask("Call", &[("long", &long)], item.clone()).await.refusal();
+        assert_refused(refused, (Code::ResourceExhausted, "METADATA_TOO_LARGE"), "and may have 16384: send less");
+        // HTTP/2 itself refuses what is larger still.
+        let long = "x".repeat(40_000);
         let mut exchange = raw.begin("Call", &[("long", &long)]).await;
         // It may have been refused before this comes.
-        let _ = exchange.body.send_data(framed(&WorkItem::new("echo", "x")), true);
+        let _ = exchange.body.send_data(item, true);
         let response = soon("a response", exchange.response).await;
         assert!(response.is_ok_and(|response| response.status() == 431), "Request Header Fields Too Large");
         assert_serves(&server.client().await, "echo").await;
@@ -298,15 +304,15 @@ fn any_number_of_refusals_leaves_the_connection_as_it_was() {
         let server = Server::serve(&["--pool", "echo=echo", "--max-message", "1KiB", "--arena", "64KiB"]).await;
         let mut frames = Frames::connect(&server).await;
         for stream in (1..2400).step_by(2) {
-            frames.call(stream).await;
+            frames.call(stream);
             // It is answered when its length is known, and the rest of it comes all the same.
-            frames.write(DATA, 0, stream, &[0, 0, 1, 0, 0]).await;
+            frames.data(stream, &[0, 0, 1, 0, 0]);
             frames.end_of(stream).await;
-            frames.write(DATA, 0, stream, &[0; 100]).await;
-            frames.write(DATA, END_STREAM, stream, &[0; 100]).await;
+            frames.data(stream, &[0; 100]);
+            frames.write(DATA, END_STREAM, stream, &[0; 100]);
         }
-        frames.call(2401).await;
-        frames.write(DATA, END_STREAM, 2401, &framed(&WorkItem::new("echo", "x"))).await;
+        frames.call(2401);
+        frames.write(DATA, END_STREAM, 2401, &framed(&WorkItem::new("echo", "x")));
         frames.end_of(2401).await;
         server.drain().await;
     });

@@ -155,6 +155,11 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_MAX_CONNECTIONS", value_name = "N")]
     max_connections: Option<u32>,
 
+    /// How many streams one connection may reset in a minute before the server could begin with them; a client that resets more is
+    /// disconnected [default: 50000]
+    #[arg(long, env = "FORKRING_MAX_RESETS", value_name = "N")]
+    max_resets: Option<u32>,
+
     /// How long a client may take for the next 64 KiB of a message that it has begun, or for its end [default: 10s]
     #[arg(long, env = "FORKRING_BODY_TIMEOUT", value_name = "DURATION", value_parser = parse_duration)]
     body_timeout: Option<Duration>,
@@ -206,6 +211,7 @@ impl ServeArgs {
         lay(self.dead_letters, &mut config.dead_letters);
         lay(self.outbox.map(Some), &mut config.outbox);
         lay(self.max_connections, &mut config.max_connections);
+        lay(self.max_resets, &mut config.max_resets);
         lay(self.body_timeout, &mut config.body_timeout);
         lay(self.python.map(Some), &mut config.python);
         lay(self.log, &mut config.log);
@@ -348,6 +354,7 @@ mod tests {
             grace: Duration::from_secs(1),
             outbox: Some(6),
             max_connections: 8,
+            max_resets: 10,
             body_timeout: Duration::from_secs(2),
             python: Some("/p".into()),
             log: LogFormat::Json,
@@ -376,6 +383,7 @@ mod tests {
             reload: Some(true),
             outbox: Some(6),
             max_connections: Some(8),
+            max_resets: Some(10),
             body_timeout: Some(wanted.body_timeout),
             python: Some("/p".into()),
             log: Some(LogFormat::Json),

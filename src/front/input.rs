@@ -13,15 +13,11 @@ use std::{
 
 use bytes::{Buf, Bytes};
 use http_body::Body;
-use http_body_util::BodyExt;
-use hyper::body::Incoming;
-use tokio::{
-    task::spawn_local,
-    time::{Sleep, sleep},
-};
+use tokio::time::{Sleep, sleep};
 
 use super::{
     hub::Hub,
+    request_body::RequestBody,
     status::Refusal,
     wire::{Event, ItemDecoder, ItemHead},
 };
@@ -33,7 +29,7 @@ pub const PROGRESS: usize = 64 << 10;
 /// The items of one request.
 pub struct Input {
     hub: Rc<Hub>,
-    body: Option<Incoming>,
+    body: Option<RequestBody>,
     chunk: Bytes,
     decoder: ItemDecoder,
     request: Request,
@@ -49,7 +45,7 @@ pub struct Input {
 }
 
 impl Input {
-    pub fn new(hub: Rc<Hub>, body: Incoming, is_stream: bool) -> Self {
+    pub fn new(hub: Rc<Hub>, body: RequestBody, is_stream: bool) -> Self {
         let decoder = ItemDecoder::new(hub.max_message);
         Input {
             hub,
@@ -192,11 +188,14 @@ impl Input {
         !self.chunk.is_empty()
     }
 
+    /// Takes the body, whose end may still have to come.
+    pub fn take_body(&mut self) -> Option<RequestBody> {
+        self.body.take()
+    }
+
     /// Reads nothing more.
     pub fn close(&mut self) {
-        if let Some(body) = self.body.take() {
-            discard(&self.hub, body);
-        }
+        self.body = None;
         self.chunk = Bytes::new();
         self.timeout = None;
         // Half a message keeps no memory.
@@ -204,20 +203,6 @@ impl Input {
         self.complete = false;
         self.replace(Request::default());
     }
-}
-
-/// Reads a body to its end and throws it away, within limits. Dropping one that is still coming would reset its stream,
-/// and HTTP/2 ends a connection with many of those, together with all other streams on it.
-pub fn discard(hub: &Hub, mut body: Incoming) {
-    let (timeout, mut left) = (hub.body_timeout, hub.max_message);
-    spawn_local(tokio::time::timeout(timeout, async move {
-        while let Some(Ok(frame)) = body.frame().await {
-            left = left.saturating_sub(frame.data_ref().map_or(0, Bytes::len));
-            if left == 0 {
-                break;
-            }
-        }
-    }));
 }
 
 impl Drop for Input {

@@ -7,7 +7,7 @@
 use std::{
     future::ready,
     io::{self, Cursor},
-    net::{Shutdown, TcpListener},
+    net::{Shutdown, SocketAddr, TcpListener},
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -25,7 +25,11 @@ use tokio::{
 };
 use tonic::service::Routes;
 
-use super::{hub::Hub, service::answer};
+use super::{
+    connection::{Connection, MAX_UNSEEN_RESETS, Turns},
+    hub::Hub,
+    service::answer,
+};
 
 /// Unread bytes that a client may have under way, on a stream and on a connection: wide enough that a payload of a megabyte
 /// does not wait for window updates. h2 closes a connection on which small frames wait that cost it more than half of its window, at
@@ -38,7 +42,9 @@ const MAX_FRAME: u32 = 512 << 10;
 /// Bytes of responses that HTTP/2 buffers for a stream whose client reads slowly.
 const SEND_BUFFER: usize = 1 << 20;
 const MAX_STREAMS: u32 = 2048;
-const MAX_HEADERS: u32 = 16 << 10;
+/// The largest headers that HTTP/2 decodes. It resets the stream of a request with larger ones, so this is more than a request may
+/// have: those between are refused like any other wrong request.
+const MAX_HEADERS: u32 = 32 << 10;
 /// How long a new connection may take to send the first words of HTTP/2, and how many bytes these have.
 const FIRST_WORDS: Duration = Duration::from_secs(10);
 const PREFACE: usize = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n".len();
@@ -62,7 +68,13 @@ impl<F: Future<Output: 'static> + 'static> Executor<F> for Local {
 }
 
 /// Accepts until the server drains, then waits for the connections to end.
-pub async fn accept(listener: TcpListener, hub: Rc<Hub>, routes: Routes, max_connections: u32) -> io::Result<()> {
+pub async fn accept(
+    listener: TcpListener,
+    hub: Rc<Hub>,
+    routes: Routes,
+    max_connections: u32,
+    max_resets: u32,
+) -> io::Result<()> {
     listener.set_nonblocking(true)?;
     let listener = tokio::net::TcpListener::from_std(listener)?;
     let mut draining = hub.draining.subscribe();
@@ -83,10 +95,11 @@ pub async fn accept(listener: TcpListener, hub: Rc<Hub>, routes: Routes, max_con
             }
         };
         match accepted {
-            Ok((stream, permit)) => {
+            Ok((stream, peer, permit)) => {
                 let (hub, routes) = (hub.clone(), routes.clone());
+                let connection = Connection::new(peer, max_resets);
                 connections.spawn_local(async move {
-                    serve(stream, hub, routes).await;
+                    serve(stream, connection, hub, routes).await;
                     drop(permit);
                 });
             }
@@ -111,17 +124,17 @@ pub async fn accept(listener: TcpListener, hub: Rc<Hub>, routes: Routes, max_con
 async fn accept_one(
     listener: &tokio::net::TcpListener,
     room: &Arc<Semaphore>,
-) -> io::Result<(TcpStream, OwnedSemaphorePermit)> {
+) -> io::Result<(TcpStream, SocketAddr, OwnedSemaphorePermit)> {
     // It fails only when the semaphore is closed, which it never is.
     let permit = room.clone().acquire_owned().await.map_err(io::Error::other)?;
-    let (stream, _) = listener.accept().await?;
+    let (stream, peer) = listener.accept().await?;
     stream.set_nodelay(true)?;
     SockRef::from(&stream)
         .set_tcp_keepalive(&TcpKeepalive::new().with_time(KEEP_ALIVE).with_interval(KEEP_ALIVE_INTERVAL))?;
-    Ok((stream, permit))
+    Ok((stream, peer, permit))
 }
 
-async fn serve(mut stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
+async fn serve(mut stream: TcpStream, shared: Rc<Connection>, hub: Rc<Hub>, routes: Routes) {
     // What is silent after this is the kernel's keep-alive to find out about.
     let mut draining = hub.draining.subscribe();
     // hyper waits for it without end.
@@ -135,12 +148,12 @@ async fn serve(mut stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
         return;
     }
     let (read, write) = stream.into_split();
-    let stream = join(Cursor::new(preface).chain(read), write);
+    let stream = join(Turns::new(Cursor::new(preface).chain(read), shared.clone()), write);
     // A clone is in each request that is answered and each response that is sent.
     let open = Rc::new(());
     let service = {
-        let open = open.clone();
-        service_fn(move |request| answer(hub.clone(), routes.clone(), request, open.clone()))
+        let (open, shared) = (open.clone(), shared.clone());
+        service_fn(move |request| answer(hub.clone(), routes.clone(), request, shared.clone(), open.clone()))
     };
     let idle = Rc::strong_count(&open);
     let mut connection = http2::Builder::new(Local);
@@ -151,11 +164,17 @@ async fn serve(mut stream: TcpStream, hub: Rc<Hub>, routes: Routes) {
         .max_send_buf_size(SEND_BUFFER)
         .max_concurrent_streams(MAX_STREAMS)
         .max_header_list_size(MAX_HEADERS)
+        .max_pending_accept_reset_streams(MAX_UNSEEN_RESETS)
         // gRPC has no use for it.
         .auto_date_header(false);
     let mut connection = std::pin::pin!(connection.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
         ended = connection.as_mut() => ended,
+        () = shared.flooded() => {
+            let peer = shared.peer;
+            tracing::warn!(%peer, "closed a connection whose client resets streams as soon as it opens them (--max-resets)");
+            return;
+        }
         _ = draining.wait_for(|draining| *draining) => {
             // GOAWAY: no new streams; those that are open end by themselves.
             connection.as_mut().graceful_shutdown();

@@ -16,12 +16,15 @@
 
 mod admin;
 mod collector;
+mod connection;
 mod hub;
 mod input;
 mod listener;
 mod mailbox;
 mod output;
 mod process;
+mod request_body;
+mod resets;
 mod service;
 mod status;
 mod submit;
@@ -57,7 +60,7 @@ pub fn run(
         let hub = Rc::new(hub::Hub::new(front, adopted, pools, config));
         let (reporter, routes) = service::routes()?;
         let serve = async {
-            listener::accept(listener, hub.clone(), routes, config.max_connections).await?;
+            listener::accept(listener, hub.clone(), routes, config.max_connections, config.max_resets).await?;
             hub.drained().await;
             Ok(())
         };

@@ -170,8 +170,8 @@ pub fn encode_refusal(out: &mut BytesMut, id: u64, refusal: &Refusal) {
     encode_result(out, &head, &[]);
 }
 
-/// The end of a call: its result, or the status that it failed with.
-pub fn encode_call(hub: &Hub, ending: Ending, out: &mut BytesMut) -> Result<Option<Bytes>, Status> {
+/// The end of a call: its result, or why it failed.
+pub fn encode_call(hub: &Hub, ending: Ending, out: &mut BytesMut) -> Result<Option<Bytes>, Refusal> {
     let failed = match &ending {
         Ending::Failed { failure, .. } => Some(failure.clone().into()),
         Ending::Partial(_) => None,
@@ -189,7 +189,7 @@ pub fn encode_call(hub: &Hub, ending: Ending, out: &mut BytesMut) -> Result<Opti
             if let Ending::Completed(completion) = ending {
                 hub.release(completion.index);
             }
-            Err(refusal.status())
+            Err(refusal)
         }
     }
 }

@@ -12,7 +12,6 @@ use std::{
 
 use bytes::{Bytes, BytesMut};
 use http_body::Frame;
-use hyper::body::Incoming;
 use tonic::Status;
 
 use super::{
@@ -20,6 +19,7 @@ use super::{
     input::Input,
     mailbox::{Ending, Mailbox},
     output::{self, Drained},
+    request_body::RequestBody,
     status::Refusal,
 };
 use crate::crash_point::crash_point;
@@ -34,6 +34,10 @@ pub struct ProcessBody {
     mailbox: Rc<Mailbox>,
     /// The RPC's own deadline; 0: none.
     deadline: u64,
+    /// Whether a whole item has arrived.
+    pub has_received: bool,
+    /// The client has broken the stream off.
+    pub is_broken: bool,
     /// Items that are in work.
     in_flight: usize,
     /// What is encoded and not sent.
@@ -47,12 +51,14 @@ pub struct ProcessBody {
 }
 
 impl ProcessBody {
-    pub fn new(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Self {
+    pub fn new(hub: Rc<Hub>, body: RequestBody, deadline: u64) -> Self {
         ProcessBody {
             input: Input::new(hub.clone(), body, true),
             mailbox: hub.open_stream(),
             hub,
             deadline,
+            has_received: false,
+            is_broken: false,
             in_flight: 0,
             out: BytesMut::new(),
             frames: VecDeque::new(),
@@ -106,11 +112,13 @@ impl ProcessBody {
                     return false;
                 }
                 Poll::Ready(Err(refusal)) => {
+                    self.is_broken = refusal.is_broken();
                     self.close(Err(refusal));
                     return false;
                 }
                 Poll::Pending => return false,
             }
+            self.has_received = true;
             let (head, request) = self.input.item();
             match self.hub.offer_call(head, request, self.deadline, &self.mailbox, true) {
                 Ok(_) => self.in_flight += 1,

@@ -9,12 +9,16 @@ use std::{
     io,
     pin::Pin,
     rc::Rc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
     task::{Context, Poll},
 };
 
 use bytes::{Bytes, BytesMut};
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header::CONTENT_TYPE};
-use http_body::{Body, Frame};
+use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use prost::Message;
@@ -24,9 +28,10 @@ use tower::Service;
 
 use super::{
     admin,
+    connection::{Connection, Exchange},
     hub::{Hub, deadline_after, until},
-    input::discard,
     process::ProcessBody,
+    request_body::RequestBody,
     status::Refusal,
     submit::submit,
     unary::{UnaryBody, call},
@@ -41,11 +46,29 @@ use crate::{
 const GRPC: HeaderValue = HeaderValue::from_static("application/grpc");
 /// A `GetUpdatesRequest` is small, and so are those of `Admin`.
 const SMALL_MESSAGE: usize = 4096;
+/// The largest metadata of a request, by [`metadata_size`].
+const MAX_METADATA: usize = 16 << 10;
 
 /// The body of any response of a front. Those of our own hold their connection open while it drains.
 pub struct FrontBody {
     kind: Kind,
+    exchange: Exchange,
     _open: Option<Rc<()>>,
+}
+
+impl Drop for FrontBody {
+    fn drop(&mut self) {
+        let (has_received, is_broken) = match &self.kind {
+            Kind::Process(body) => (body.has_received, body.is_broken),
+            _ => (true, false),
+        };
+        if has_received {
+            self.exchange.begin_work();
+        }
+        if self.is_end_stream() && !is_broken {
+            self.exchange.finish();
+        }
+    }
 }
 
 enum Kind {
@@ -102,54 +125,59 @@ pub async fn answer(
     hub: Rc<Hub>,
     mut routes: Routes,
     request: Request<Incoming>,
+    connection: Rc<Connection>,
     open: Rc<()>,
 ) -> Result<Response<FrontBody>, Infallible> {
+    let exchange = Exchange::new(connection);
     hub.activity.set(hub.activity.get() + 1);
+    let request = request.map(RequestBody::new);
+    let size = metadata_size(request.headers());
+    if size > MAX_METADATA {
+        return Ok(failed(&Refusal::large_metadata(size, MAX_METADATA), exchange));
+    }
     let path = request.uri().path().strip_prefix("/forkring.v1.").and_then(|path| path.split_once('/'));
     let Some((service @ ("Dispatcher" | "Admin"), method)) = path else {
         // A stream of somebody who watches ends when the connection does.
         drop(open);
-        return routes.call(request).await.map(|response| response.map(tonic_body));
+        let is_broken = Arc::new(AtomicBool::new(false));
+        let request = request.map(|body| Watched { body, is_broken: is_broken.clone() });
+        let response = routes.call(request).await?;
+        if is_broken.load(Relaxed) {
+            exchange.lose();
+        }
+        return Ok(response.map(|body| tonic_body(body, exchange)));
     };
     let is_grpc = |value: &HeaderValue| value.as_bytes().starts_with(b"application/grpc");
     if !request.headers().get(CONTENT_TYPE).is_some_and(is_grpc) {
-        let mut response = Response::new(tonic_body(tonic::body::Body::empty()));
+        let mut response = Response::new(tonic_body(tonic::body::Body::empty(), exchange));
         *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
         return Ok(response);
     }
     let deadline = match check_headers(request.headers()) {
         Ok(deadline) => deadline,
-        Err(refusal) => {
-            discard(&hub, request.into_body());
-            return Ok(failed(&refusal.status()));
-        }
+        Err(refusal) => return Ok(failed(&refusal, exchange)),
     };
     // The connection is about to be told; what is offered now might not be waited for.
     if hub.is_draining() && method != "GetUpdates" {
-        discard(&hub, request.into_body());
-        return Ok(failed(&Refusal::draining().status()));
+        return Ok(failed(&Refusal::draining(), exchange));
     }
     let answer = match (service, method) {
-        ("Dispatcher", "Call") => call(hub, request.into_body(), deadline).await.map(Kind::Unary),
-        ("Dispatcher", "Submit") => submit(hub, request.into_body(), deadline).await.map(Kind::Unary),
+        ("Dispatcher", "Call") => call(hub, request.into_body(), deadline, &exchange).await.map(Kind::Unary),
+        ("Dispatcher", "Submit") => submit(hub, request.into_body(), deadline, &exchange).await.map(Kind::Unary),
         ("Dispatcher", "Process") => Ok(Kind::Process(Box::new(ProcessBody::new(hub, request.into_body(), deadline)))),
         ("Dispatcher", "GetUpdates") => updates(hub, request.into_body(), deadline).await.map(Kind::Updates),
         _ => match admin::Method::named(method).filter(|_| service == "Admin") {
             Some(method) => administer(&hub, method, request.into_body(), deadline).await.map(Kind::Unary),
-            None => {
-                let status = Status::unimplemented(format!("forkring.v1.{service} has no method {method}"));
-                discard(&hub, request.into_body());
-                Err(status)
-            }
+            None => Err(Refusal::unknown_method(service, method)),
         },
     };
     Ok(match answer {
         Ok(body) => {
-            let mut response = Response::new(FrontBody { kind: body, _open: Some(open) });
+            let mut response = Response::new(FrontBody { kind: body, exchange, _open: Some(open) });
             response.headers_mut().insert(CONTENT_TYPE, GRPC);
             response
         }
-        Err(status) => failed(&status),
+        Err(refusal) => failed(&refusal, exchange),
     })
 }
 
@@ -164,31 +192,66 @@ fn check_headers(headers: &HeaderMap) -> Result<u64, Refusal> {
     }
 }
 
-fn tonic_body(body: tonic::body::Body) -> FrontBody {
-    FrontBody { kind: Kind::Tonic(body), _open: None }
+/// The request of one of tonic's services, and whether its client broke it off. One thread writes and reads the flag.
+struct Watched {
+    body: RequestBody,
+    is_broken: Arc<AtomicBool>,
+}
+
+impl Body for Watched {
+    type Data = Bytes;
+    type Error = hyper::Error;
+
+    fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<hyper::Result<Frame<Bytes>>>> {
+        let frame = Pin::new(&mut self.body).poll_frame(cx);
+        if matches!(frame, Poll::Ready(Some(Err(_)))) {
+            self.is_broken.store(true, Relaxed);
+        }
+        frame
+    }
+
+    fn is_end_stream(&self) -> bool {
+        self.body.is_end_stream()
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        self.body.size_hint()
+    }
+}
+
+fn tonic_body(body: tonic::body::Body, exchange: Exchange) -> FrontBody {
+    FrontBody { kind: Kind::Tonic(body), exchange, _open: None }
+}
+
+/// The size of a request's headers as HTTP/2 counts it (RFC 9113, section 6.5.2).
+fn metadata_size(headers: &HeaderMap) -> usize {
+    headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 32).sum()
 }
 
 /// A response that is all trailers. It says what compression is understood, in case that was the reason: none.
-fn failed(status: &Status) -> Response<FrontBody> {
-    let mut response = status.clone().into_http().map(tonic_body);
+fn failed(refusal: &Refusal, exchange: Exchange) -> Response<FrontBody> {
+    if refusal.is_broken() {
+        exchange.lose();
+    }
+    let mut response = refusal.status().into_http().map(|body| tonic_body(body, exchange));
     response.headers_mut().insert("grpc-accept-encoding", HeaderValue::from_static("identity"));
     response
 }
 
-async fn updates(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UpdatesBody, Status> {
-    let message = small_message(&hub, body, deadline).await.map_err(|refusal| refusal.status())?;
+async fn updates(hub: Rc<Hub>, body: RequestBody, deadline: u64) -> Result<UpdatesBody, Refusal> {
+    let message = small_message(&hub, body, deadline).await?;
     let malformed = WireError::Malformed("expected a GetUpdatesRequest");
-    let request = GetUpdatesRequest::decode(message).map_err(|_| Refusal::from(malformed).status())?;
+    let request = GetUpdatesRequest::decode(message).map_err(|_| malformed)?;
     Ok(UpdatesBody::new(hub, request, deadline))
 }
 
-async fn administer(hub: &Hub, method: admin::Method, body: Incoming, deadline: u64) -> Result<UnaryBody, Status> {
-    let answered = small_message(hub, body, deadline).await.and_then(|message| admin::answer(hub, method, message));
-    answered.map_err(|refusal| refusal.status())
+async fn administer(hub: &Hub, method: admin::Method, body: RequestBody, deadline: u64) -> Result<UnaryBody, Refusal> {
+    let message = small_message(hub, body, deadline).await?;
+    admin::answer(hub, method, message)
 }
 
 /// The bytes of a request that has no large messages. One that is larger is known by its prefix, if there is one.
-async fn collect(hub: &Hub, mut body: Incoming) -> Result<Bytes, Refusal> {
+async fn collect(mut body: RequestBody) -> Result<Bytes, Refusal> {
     let mut bytes = BytesMut::new();
     while let Some(frame) = body.frame().await {
         let frame = frame.map_err(|error| Refusal::broken(&error))?;
@@ -197,7 +260,6 @@ async fn collect(hub: &Hub, mut body: Incoming) -> Result<Bytes, Refusal> {
         let Some(([_, len @ ..], message)) = bytes.split_first_chunk::<PREFIX>() else { continue };
         let len = message.len().max(u32::from_be_bytes(*len) as usize);
         if len > SMALL_MESSAGE {
-            discard(hub, body);
             return Err(Refusal::large_request(len, SMALL_MESSAGE));
         }
     }
@@ -205,12 +267,12 @@ async fn collect(hub: &Hub, mut body: Incoming) -> Result<Bytes, Refusal> {
 }
 
 /// The one message of a request that has no large ones.
-async fn small_message(hub: &Hub, body: Incoming, deadline: u64) -> Result<Bytes, Refusal> {
+async fn small_message(hub: &Hub, body: RequestBody, deadline: u64) -> Result<Bytes, Refusal> {
     let timeout = hub.body_timeout;
     let mut draining = hub.draining.subscribe();
     let collected = tokio::select! {
         biased;
-        collected = tokio::time::timeout(timeout, collect(hub, body)) => collected,
+        collected = tokio::time::timeout(timeout, collect(body)) => collected,
         _ = draining.wait_for(|draining| *draining) => return Err(Refusal::draining()),
         () = until(deadline) => return Err(Refusal::late()),
     };

@@ -63,6 +63,12 @@ impl Refusal {
         Refusal::new(Code::ResourceExhausted, "MESSAGE_TOO_LARGE", message)
     }
 
+    pub fn large_metadata(size: usize, max: usize) -> Self {
+        let message =
+            format!("the request's metadata has {size} bytes and may have {max}: send less, or send it as payload");
+        Refusal::new(Code::ResourceExhausted, "METADATA_TOO_LARGE", message)
+    }
+
     pub fn two_messages() -> Self {
         Refusal::new(Code::Internal, "TOO_MANY_MESSAGES", "the call has more than one message: use Process".into())
     }
@@ -79,8 +85,18 @@ impl Refusal {
         Refusal::new(Code::DeadlineExceeded, "DEADLINE_EXCEEDED", message)
     }
 
+    /// The client or its connection broke the request off. No answer will reach it.
     pub fn broken(error: &dyn std::error::Error) -> Self {
         Refusal::new(Code::Cancelled, "STREAM_BROKEN", format!("the request stream broke off: {error}"))
+    }
+
+    pub fn is_broken(&self) -> bool {
+        self.reason == "STREAM_BROKEN"
+    }
+
+    pub fn unknown_method(service: &str, method: &str) -> Self {
+        let message = format!("forkring.v1.{service} has no method {method}");
+        Refusal::new(Code::Unimplemented, "UNKNOWN_METHOD", message)
     }
 
     pub fn draining() -> Self {

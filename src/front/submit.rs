@@ -6,12 +6,12 @@
 use std::{future::poll_fn, pin::pin, rc::Rc, task::Poll};
 
 use bytes::BytesMut;
-use hyper::body::Incoming;
-use tonic::Status;
 
 use super::{
+    connection::Exchange,
     hub::{Hub, NotOffered, until},
     input::Input,
+    request_body::RequestBody,
     status::Refusal,
     unary::UnaryBody,
     wire::encode_message,
@@ -25,7 +25,7 @@ const REJECTIONS: usize = 32;
 const BURST: usize = 256;
 
 /// Accepts items up to the end of the stream. If it breaks off, what was accepted stays accepted.
-pub async fn submit(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UnaryBody, Status> {
+pub async fn submit(hub: Rc<Hub>, body: RequestBody, deadline: u64, exchange: &Exchange) -> Result<UnaryBody, Refusal> {
     let mut input = Input::new(hub.clone(), body, true);
     let mut receipt = SubmitReceipt::default();
     let mut drain = hub.draining.subscribe();
@@ -38,6 +38,7 @@ pub async fn submit(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<Unary
                     Poll::Ready(end) => return Poll::Ready(end.map(|_| true)),
                     Poll::Pending => return Poll::Pending,
                 }
+                exchange.begin_work();
                 let (head, request) = input.item();
                 match hub.offer_submitted(head, request) {
                     Ok(()) => receipt.accepted += 1,
@@ -69,7 +70,7 @@ pub async fn submit(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<Unary
                 if receipt.accepted > 0 {
                     refusal.message += &format!(" (items accepted before: {})", receipt.accepted);
                 }
-                return Err(refusal.status());
+                return Err(refusal);
             }
         }
     }

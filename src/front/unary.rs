@@ -4,14 +4,14 @@ use std::{future::poll_fn, rc::Rc};
 
 use bytes::{Bytes, BytesMut};
 use http_body::Frame;
-use hyper::body::Incoming;
-use tonic::Status;
 
 use super::{
+    connection::Exchange,
     hub::{Hub, NotOffered},
     input::Input,
     mailbox::Mailbox,
     output,
+    request_body::RequestBody,
     status::Refusal,
 };
 use crate::crash_point::crash_point;
@@ -21,8 +21,7 @@ struct Waiting {
     hub: Rc<Hub>,
     mailbox: Rc<Mailbox>,
     index: u32,
-    /// A client that has not half-closed yet must not be reset for that.
-    _input: Input,
+    input: Input,
 }
 
 impl Drop for Waiting {
@@ -32,16 +31,18 @@ impl Drop for Waiting {
 }
 
 /// Runs a call up to its answer.
-pub async fn call(hub: Rc<Hub>, body: Incoming, deadline: u64) -> Result<UnaryBody, Status> {
-    let waiting = offer(&hub, body, deadline).await.map_err(|refusal| refusal.status())?;
+pub async fn call(hub: Rc<Hub>, body: RequestBody, deadline: u64, exchange: &Exchange) -> Result<UnaryBody, Refusal> {
+    let mut waiting = offer(&hub, body, deadline).await?;
+    exchange.begin_work();
     let ending = poll_fn(|cx| waiting.mailbox.poll(cx.waker())).await;
     let mut message = BytesMut::new();
     let rest = output::encode_call(&hub, ending, &mut message)?;
     crash_point!("call.encoded");
-    Ok(UnaryBody { message: Some(message.freeze()), rest, ended: false })
+    let request = waiting.input.take_body();
+    Ok(UnaryBody { message: Some(message.freeze()), rest, ended: false, _request: request })
 }
 
-async fn offer(hub: &Rc<Hub>, body: Incoming, deadline: u64) -> Result<Waiting, Refusal> {
+async fn offer(hub: &Rc<Hub>, body: RequestBody, deadline: u64) -> Result<Waiting, Refusal> {
     let mut input = Input::new(hub.clone(), body, false);
     let offered = match input.item_of_call().await {
         Ok(true) => accept(hub, &mut input, deadline),
@@ -49,11 +50,8 @@ async fn offer(hub: &Rc<Hub>, body: Incoming, deadline: u64) -> Result<Waiting, 
         Err(refusal) => Err(refusal),
     };
     match offered {
-        Ok((mailbox, index)) => Ok(Waiting { hub: hub.clone(), mailbox, index, _input: input }),
-        Err(refusal) => {
-            input.close();
-            Err(refusal)
-        }
+        Ok((mailbox, index)) => Ok(Waiting { hub: hub.clone(), mailbox, index, input }),
+        Err(refusal) => Err(refusal),
     }
 }
 
@@ -77,11 +75,13 @@ pub struct UnaryBody {
     message: Option<Bytes>,
     rest: Option<Bytes>,
     ended: bool,
+    /// The client's END_STREAM has mostly come when the response is sent: then nothing has to be discarded.
+    _request: Option<RequestBody>,
 }
 
 impl UnaryBody {
     pub fn new(message: Bytes) -> Self {
-        UnaryBody { message: Some(message), rest: None, ended: false }
+        UnaryBody { message: Some(message), rest: None, ended: false, _request: None }
     }
 
     pub fn poll(&mut self) -> Option<Frame<Bytes>> {

@@ -5,6 +5,7 @@
 pub mod audit;
 pub mod cgroup;
 pub mod files;
+pub mod frames;
 pub mod health;
 pub mod processes;
 pub mod program;

@@ -8,11 +8,7 @@ use h2::{
 };
 use http::Request;
 use prost::Message;
-use tokio::{
-    io::{AsyncReadExt as _, AsyncWriteExt as _},
-    net::TcpStream,
-    task::JoinHandle,
-};
+use tokio::{net::TcpStream, task::JoinHandle};
 use tonic::Code;
 
 use super::{Server, soon};
@@ -152,75 +148,4 @@ pub fn framed_bytes(flag: u8, message: &[u8]) -> Bytes {
     bytes.extend_from_slice(&(message.len() as u32).to_be_bytes());
     bytes.extend_from_slice(message);
     bytes.into()
-}
-
-/// A client that writes HTTP/2 frames by hand, in the order that the test wants.
-#[derive(Debug)]
-pub struct Frames {
-    stream: TcpStream,
-}
-
-/// Types and flags of frames.
-pub const DATA: u8 = 0;
-pub const HEADERS: u8 = 1;
-const SETTINGS: u8 = 4;
-const GOAWAY: u8 = 7;
-pub const END_STREAM: u8 = 1;
-const END_HEADERS: u8 = 4;
-
-impl Frames {
-    pub async fn connect(server: &Server) -> Self {
-        let stream = TcpStream::connect(&server.addr).await.expect("a connection");
-        stream.set_nodelay(true).expect("a socket");
-        let mut frames = Frames { stream };
-        frames.stream.write_all(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n").await.expect("an open connection");
-        frames.write(SETTINGS, 0, 0, &[]).await;
-        frames.write(SETTINGS, 1, 0, &[]).await;
-        frames
-    }
-
-    pub async fn write(&mut self, kind: u8, flags: u8, stream: u32, payload: &[u8]) {
-        let mut frame = (payload.len() as u32).to_be_bytes()[1..].to_vec();
-        frame.extend([kind, flags]);
-        frame.extend(stream.to_be_bytes());
-        frame.extend(payload);
-        self.stream.write_all(&frame).await.expect("an open connection");
-    }
-
-    /// Begins a call on a stream: 1, 3, 5 and so on.
-    pub async fn call(&mut self, stream: u32) {
-        let mut block = Vec::new();
-        for (name, value) in [
-            (":method", "POST"),
-            (":scheme", "http"),
-            (":path", "/forkring.v1.Dispatcher/Call"),
-            (":authority", "localhost"),
-            ("content-type", "application/grpc"),
-            ("te", "trailers"),
-        ] {
-            // Literal, not indexed, not compressed.
-            block.push(0);
-            for text in [name, value] {
-                block.push(text.len() as u8);
-                block.extend(text.as_bytes());
-            }
-        }
-        self.write(HEADERS, END_HEADERS, stream, &block).await;
-    }
-
-    /// Reads up to a frame that ends this stream.
-    pub async fn end_of(&mut self, stream: u32) {
-        loop {
-            let mut head = [0; 9];
-            soon("a frame", self.stream.read_exact(&mut head)).await.expect("an open connection");
-            let len = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-            let mut payload = vec![0; len as usize];
-            soon("a frame", self.stream.read_exact(&mut payload)).await.expect("an open connection");
-            let of = u32::from_be_bytes([head[5], head[6], head[7], head[8]]);
-            assert_ne!(head[3], GOAWAY, "the server ends the connection: {payload:?}");
-            if of == stream && [DATA, HEADERS].contains(&head[3]) && head[4] & END_STREAM != 0 {
-                return;
-            }
-        }
-    }
 }
