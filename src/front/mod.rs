@@ -17,6 +17,7 @@
 mod admin;
 mod collector;
 mod connection;
+mod grace;
 mod hub;
 mod input;
 mod listener;

@@ -7,7 +7,7 @@
 use std::{
     collections::VecDeque,
     rc::Rc,
-    task::{Context, Poll},
+    task::{Context, Poll, ready},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -15,6 +15,7 @@ use http_body::Frame;
 use tonic::Status;
 
 use super::{
+    grace::Grace,
     hub::{Hub, NotOffered},
     input::Input,
     mailbox::{Ending, Mailbox},
@@ -34,6 +35,7 @@ pub struct ProcessBody {
     mailbox: Rc<Mailbox>,
     /// The RPC's own deadline; 0: none.
     deadline: u64,
+    grace: Grace,
     /// Whether a whole item has arrived.
     pub has_received: bool,
     /// The client has broken the stream off.
@@ -57,6 +59,7 @@ impl ProcessBody {
             mailbox: hub.open_stream(),
             hub,
             deadline,
+            grace: Grace::new(deadline),
             has_received: false,
             is_broken: false,
             in_flight: 0,
@@ -72,6 +75,7 @@ impl ProcessBody {
         if self.ended {
             return Poll::Ready(None);
         }
+        ready!(self.grace.poll(cx));
         if let Some(bytes) = self.frames.pop_front() {
             crash_point!("process.sent");
             return Poll::Ready(Some(Frame::data(bytes)));

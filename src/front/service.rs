@@ -29,6 +29,7 @@ use tower::Service;
 use super::{
     admin,
     connection::{Connection, Exchange},
+    grace::left_to_client,
     hub::{Hub, deadline_after, until},
     process::ProcessBody,
     request_body::RequestBody,
@@ -177,7 +178,12 @@ pub async fn answer(
             response.headers_mut().insert(CONTENT_TYPE, GRPC);
             response
         }
-        Err(refusal) => failed(&refusal, exchange),
+        Err(refusal) => {
+            if refusal.is_late() {
+                left_to_client(deadline).await;
+            }
+            failed(&refusal, exchange)
+        }
     })
 }
 

@@ -94,6 +94,10 @@ impl Refusal {
         self.reason == "STREAM_BROKEN"
     }
 
+    pub fn is_late(&self) -> bool {
+        self.reason == "DEADLINE_EXCEEDED"
+    }
+
     pub fn unknown_method(service: &str, method: &str) -> Self {
         let message = format!("forkring.v1.{service} has no method {method}");
         Refusal::new(Code::Unimplemented, "UNKNOWN_METHOD", message)

@@ -20,7 +20,7 @@ use std::{
     pin::Pin,
     rc::Rc,
     sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll, Waker},
+    task::{Context, Poll, Waker, ready},
 };
 
 use bytes::{Bytes, BytesMut};
@@ -28,6 +28,7 @@ use http_body::Frame;
 use tonic::Status;
 
 use super::{
+    grace::Grace,
     hub::{Hub, Subscription, until},
     output,
     status::Refusal,
@@ -77,6 +78,7 @@ pub struct UpdatesBody {
     written: Arc<Written>,
     /// The RPC's deadline, if it has one.
     over: Option<Pin<Box<dyn Future<Output = ()>>>>,
+    grace: Grace,
     /// How the stream will end.
     end: Result<(), Status>,
     ended: bool,
@@ -94,6 +96,7 @@ impl UpdatesBody {
             batch: 0,
             written: Arc::default(),
             over: (deadline != 0).then(|| Box::pin(until(deadline)) as _),
+            grace: Grace::new(deadline),
             end: Ok(()),
             ended: false,
         }
@@ -108,6 +111,7 @@ impl UpdatesBody {
             self.left = 0;
             self.end = Err(Refusal::late().status());
         }
+        ready!(self.grace.poll(cx));
         if self.frames.is_empty() && self.left > 0 {
             self.write();
         }

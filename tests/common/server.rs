@@ -76,7 +76,7 @@ pub fn serve_command(name: &str, args: &[&str]) -> Command {
     for (key, value) in SETTINGS {
         command.env(format!("FORKRING_{}", key.to_uppercase()), value);
     }
-    command.env("FORKRING_LISTEN", "127.0.0.1:0").env("FORKRING_LOG", "forkring=debug");
+    command.env("FORKRING_LISTEN", "127.0.0.1:0").env("FORKRING_LOG", "info,forkring=debug");
     command.args(["serve", "--name", name]).args(args);
     command
 }
