@@ -300,3 +300,33 @@ fn answered_requests_make_up_for_resets() {
         drain_without_a_warning(server).await;
     });
 }
+
+#[test]
+fn a_drain_resets_no_stream() {
+    run(async {
+        let mut server = server().await;
+        let family = server.children();
+        let mut frames = Frames::connect(&server).await;
+        let streams = |first: u32| (0..BATCH).map(move |n| first + 2 * n);
+        let (answered, open, submitting) = (streams(1), streams(1001), streams(2001));
+        for stream in answered.clone() {
+            frames.call(stream);
+            frames.data(stream, &framed(&WorkItem::new("echo", "x")));
+        }
+        for stream in answered.clone() {
+            assert_eq!(frames.end_of(stream).await, End::Answered);
+        }
+        open.clone().for_each(|stream| frames.begin(stream, PROCESS, &[]));
+        submitting.clone().for_each(|stream| frames.begin(stream, SUBMIT, &[]));
+        assert!(frames.is_open().await);
+        server.signal(Signal::SIGTERM);
+        for stream in open.clone().chain(submitting.clone()) {
+            assert_eq!(frames.end_while_draining(stream).await, End::Answered);
+        }
+        answered.chain(open).chain(submitting).for_each(|stream| frames.end(stream));
+        frames.closed().await;
+        assert_eq!(frames.resets, []);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+    });
+}

@@ -142,6 +142,16 @@ impl Frames {
         }
     }
 
+    /// The same of a server that drains, and says so by GOAWAY.
+    pub async fn end_while_draining(&mut self, stream: u32) -> End {
+        loop {
+            if let Some(end) = self.ends.get(&stream) {
+                return *end;
+            }
+            self.read().await.expect("an open connection");
+        }
+    }
+
     /// Waits until the server has handled every frame that was sent so far.
     pub async fn settle(&mut self) {
         assert!(self.is_open().await, "the server has ended the connection");
