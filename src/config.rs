@@ -104,8 +104,8 @@ pub struct Config {
     pub outbox: Option<u32>,
     /// How many clients may be connected at a time. Default: 4096.
     pub max_connections: u32,
-    /// How many streams one connection may reset in a minute before the server could begin with them. A client that resets
-    /// more is disconnected. Default: 50000.
+    /// How many streams a second one connection may reset before the server could begin with them, for more than ten seconds. A
+    /// client that resets more is disconnected. Default: 10000.
     pub max_resets: u32,
     /// How long a client may take for the next 64 KiB of a message that it has begun to send, or for its end. Default: 10 s.
     #[serde(deserialize_with = "units::duration")]
@@ -142,7 +142,7 @@ impl Default for Config {
             grace: Duration::from_secs(30),
             outbox: None,
             max_connections: 4096,
-            max_resets: 50_000,
+            max_resets: 10_000,
             body_timeout: Duration::from_secs(10),
             python: None,
             log: LogFormat::Text,

@@ -155,8 +155,8 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_MAX_CONNECTIONS", value_name = "N")]
     max_connections: Option<u32>,
 
-    /// How many streams one connection may reset in a minute before the server could begin with them; a client that resets more is
-    /// disconnected [default: 50000]
+    /// How many streams a second one connection may reset before the server could begin with them; a client that resets more for
+    /// ten seconds, or ten times as many at once, is disconnected [default: 10000]
     #[arg(long, env = "FORKRING_MAX_RESETS", value_name = "N")]
     max_resets: Option<u32>,
 

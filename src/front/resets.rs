@@ -2,15 +2,16 @@
 //!
 //! Cancelling is legitimate at any rate: a client whose deadlines are short cancels every call. A flood (CVE-2023-44487) differs in
 //! that it resets streams before the server could begin with them, so that the limit of concurrent streams never holds. Such
-//! a reset is called *premature*. A correct client causes them when the front is stalled and a deadline passes
-//! meanwhile, which is why the budget is generous: it is a number of resets a minute, each answered request gives one back,
-//! and the unused part does not add up.
+//! a reset is called *premature*. A correct client causes them when its deadlines are shorter than the time that the front needs to look
+//! at a request, because the front is stalled or the machine is overloaded. Therefore the budget is generous: it is a rate
+//! that only a flood reaches, the resets of [`BURST`] may come at once, and each answered request gives one back.
 //!
 //! The mechanism is the generic cell rate algorithm (ITU-T I.371), which needs one number for each connection.
 
 use std::time::Duration;
 
-const WINDOW: Duration = Duration::from_secs(60);
+/// How long the rate may be saved up.
+const BURST: Duration = Duration::from_secs(10);
 
 /// The budget of one connection.
 #[derive(Clone, Copy, Debug)]
@@ -22,15 +23,15 @@ pub struct ResetBudget {
 }
 
 impl ResetBudget {
-    /// A whole budget of `limit` resets a minute.
+    /// A whole budget of `limit` resets a second.
     pub fn new(limit: u32) -> Self {
-        ResetBudget { cost: WINDOW.as_nanos() as u64 / u64::from(limit.max(1)), whole_at: 0 }
+        ResetBudget { cost: 1_000_000_000 / u64::from(limit.clamp(1, 1_000_000_000)), whole_at: 0 }
     }
 
     /// Takes one reset from the budget. Returns false if none is left.
     pub fn spend(&mut self, now: u64) -> bool {
         self.whole_at = self.whole_at.max(now) + self.cost;
-        self.whole_at - now <= WINDOW.as_nanos() as u64
+        self.whole_at - now <= BURST.as_nanos() as u64
     }
 
     /// Gives one reset back.
@@ -51,9 +52,10 @@ mod tests {
     }
 
     #[test]
-    fn a_minute_has_its_limit() {
+    fn a_burst_has_its_limit() {
         for limit in [1, 7, 600] {
             let mut budget = ResetBudget::new(limit);
+            let limit = 10 * limit;
             assert_eq!(burst(&mut budget, SECOND), limit, "at once");
             assert!(!budget.spend(SECOND), "one more");
             assert_eq!(
@@ -66,17 +68,15 @@ mod tests {
 
     #[test]
     fn a_rate_within_the_limit_goes_on_for_ever() {
-        let mut budget = ResetBudget::new(600);
+        let mut budget = ResetBudget::new(10);
         assert!((0..100_000).all(|n| budget.spend(n * SECOND / 10)));
-        let mut budget = ResetBudget::new(600);
+        let mut budget = ResetBudget::new(10);
         assert!(!(0..100_000).all(|n| budget.spend(n * SECOND / 11)), "a rate over the limit does not");
     }
 
     #[test]
     fn an_answer_gives_one_back() {
-        let mut budget = ResetBudget::new(10);
-        assert_eq!(burst(&mut budget, SECOND), 10);
-        let mut budget = ResetBudget::new(10);
+        let mut budget = ResetBudget::new(1);
         let spend_and_answer = |budget: &mut ResetBudget| {
             let spent = budget.spend(SECOND);
             budget.refund();
