@@ -7,6 +7,7 @@
 mod error;
 mod place;
 mod pool;
+mod sizes;
 mod units;
 
 use std::{
@@ -21,11 +22,12 @@ use std::{
 
 use serde::Deserialize;
 
-use crate::segment::{MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS, MIN_LETTER_BYTES};
+use crate::segment::{MAX_ITEMS, MAX_POOLS, MAX_WORKERS, MIN_LETTER_BYTES};
 
 pub use error::ConfigError;
 pub use place::{Affinity, Place, Variable};
 pub use pool::PoolSpec;
+pub use sizes::Room;
 pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, parse_listen};
 
 /// What a partition may have: the segment's own bounds, as round numbers.
@@ -46,8 +48,8 @@ const MAX_SPIN: Duration = Duration::from_secs(1);
 ///
 /// let config = Config {
 ///     capacity: 1000,
-///     arena: ByteSize::mib(16),
-///     max_message: ByteSize::mib(8),
+///     arena: Some(ByteSize::mib(16)),
+///     max_message: Some(ByteSize::mib(8)),
 ///     pools: vec!["hash:2=sha256".parse::<PoolSpec>()?],
 ///     ..Config::default()
 /// };
@@ -66,10 +68,12 @@ pub struct Config {
     pub fresh: bool,
     /// How many items may be in the server at a time. Default: 16384.
     pub capacity: u32,
-    /// Payload memory of each partition: one for the front's requests, one for each worker's results. Default: 80 MiB.
-    pub arena: ByteSize,
-    /// The largest message, in and out; at most 8/9 of the arena. Default: 64 MiB.
-    pub max_message: ByteSize,
+    /// Payload memory of each partition: one for the front's requests, one for each worker's results. Default: what makes the
+    /// segment a quarter of `/dev/shm`, but from 5 to 80 MiB, and never less than [`max_message`](Self::max_message)
+    /// needs. A server that adopts what a dead one left has that one's.
+    pub arena: Option<ByteSize>,
+    /// The largest message, in and out; at most 8/9 of the arena. Default: see [`Config::max_message`].
+    pub max_message: Option<ByteSize>,
     /// How long processes look for work before they sleep. Default: [`Spin::Auto`].
     pub spin: Spin,
     /// Workers of a pool that names no count. Default: the cores that this process may use.
@@ -127,8 +131,8 @@ impl Default for Config {
             name: "forkring".to_owned(),
             fresh: false,
             capacity: 16384,
-            arena: ByteSize::mib(80),
-            max_message: ByteSize::mib(64),
+            arena: None,
+            max_message: None,
             spin: Spin::Auto,
             workers: available_cores(),
             max_attempts: 3,
@@ -197,6 +201,21 @@ impl Config {
         self.outbox.unwrap_or((self.capacity / 2).max(1))
     }
 
+    /// The largest message, in and out: 64 MiB unless set, or what fits if the arena is too small for that.
+    pub fn max_message(&self) -> ByteSize {
+        self.max_message.unwrap_or_else(|| sizes::default_max_message(self.arena))
+    }
+
+    /// The arena: the default one for this much room, unless it is set.
+    pub fn arena_in(&self, room: Room) -> ByteSize {
+        self.arena.unwrap_or_else(|| sizes::default_arena(room, self.max_message))
+    }
+
+    /// The smallest arena that holds the largest message, if that is set; 0 if any arena will do.
+    pub fn least_arena(&self) -> u64 {
+        self.max_message.map_or(0, |message| sizes::arena_for(message.bytes()))
+    }
+
     /// How many workers the pool has.
     pub fn workers_of(&self, pool: &PoolSpec) -> u16 {
         pool.workers.unwrap_or(self.workers)
@@ -225,7 +244,7 @@ impl Config {
             return Err(ConfigError::Name(self.name.clone()));
         }
         in_range("capacity", self.capacity, 1, MAX_ITEMS)?;
-        in_range("workers", u32::from(self.workers), 1, MAX_POOL_WORKERS)?;
+        in_range("workers", u32::from(self.workers), 1, MAX_WORKERS)?;
         in_range("max_attempts", u32::from(self.max_attempts), 1, u32::from(u8::MAX))?;
         in_range("outbox", self.outbox(), 1, self.capacity)?;
         in_range("max_connections", self.max_connections, 1, u32::MAX)?;
@@ -243,31 +262,25 @@ impl Config {
     }
 
     fn validate_sizes(&self) -> Result<(), ConfigError> {
-        let (arena, max_message) = (self.arena.bytes(), self.max_message.bytes());
         // gRPC writes a message's length in 32 bits.
-        if !(1..=MAX_MESSAGE).contains(&max_message) {
-            return Err(ConfigError::MaxMessage(self.max_message));
+        if let Some(max_message) = self.max_message.filter(|size| !(1..=MAX_MESSAGE).contains(&size.bytes())) {
+            return Err(ConfigError::MaxMessage(max_message));
         }
-        if !ARENAS.contains(&arena) {
-            return Err(ConfigError::ArenaBounds(self.arena));
+        if let Some(arena) = self.arena.filter(|size| !ARENAS.contains(&size.bytes())) {
+            return Err(ConfigError::ArenaBounds(arena));
         }
         if self.dead_letters.bytes() != 0 && !LETTERS.contains(&self.dead_letters.bytes()) {
             return Err(ConfigError::DeadLetters(self.dead_letters));
         }
-        // An arena hands blocks out in size classes an eighth apart; a block of the largest class must fit.
-        let needed = (max_message * 9).div_ceil(8);
-        if arena < needed {
-            // In whole KiB if that is anything, for people to read.
-            let fits = (u128::from(arena) * 8 / 9) as u64;
-            let fits = ByteSize::new(if fits < 1024 { fits } else { fits & !1023 });
-            return Err(ConfigError::Arena {
-                max_message: self.max_message,
-                arena: self.arena,
-                needed: ByteSize::new(needed),
-                fits,
-            });
+        match (self.arena, self.max_message) {
+            (Some(arena), Some(max_message)) if arena.bytes() < self.least_arena() => Err(ConfigError::Arena {
+                max_message,
+                arena,
+                needed: ByteSize::new(self.least_arena()),
+                fits: ByteSize::new(sizes::largest_message(arena.bytes())),
+            }),
+            _ => Ok(()),
         }
-        Ok(())
     }
 
     fn validate_pools(&self) -> Result<(), ConfigError> {
@@ -296,7 +309,7 @@ impl Config {
 /// The cores that this process may use, as far as a pool can use them.
 fn available_cores() -> u16 {
     let cores = thread::available_parallelism().map_or(1, |cores| cores.get());
-    u16::try_from(cores.min(MAX_POOL_WORKERS as usize)).unwrap_or(u16::MAX)
+    u16::try_from(cores.min(MAX_WORKERS as usize)).unwrap_or(u16::MAX)
 }
 
 fn is_name(name: &str, allowed: fn(u8) -> bool) -> bool {
@@ -385,8 +398,8 @@ mod tests {
             name: "hashes".to_owned(),
             fresh: true,
             capacity: 1000,
-            arena: ByteSize::mib(16),
-            max_message: ByteSize::new(4096),
+            arena: Some(ByteSize::mib(16)),
+            max_message: Some(ByteSize::new(4096)),
             spin: Spin::For(Duration::from_micros(50)),
             workers: 3,
             max_attempts: 1,
@@ -462,21 +475,23 @@ mod tests {
             (refusal(|c| c.capacity = 0), "capacity is 0: choose from 1 to 1048576"),
             (refusal(|c| c.capacity = MAX_ITEMS + 1), "capacity is 1048577"),
             (refusal(|c| c.capacity = 1), "accepted"),
-            (refusal(|c| c.workers = 0), "workers is 0: choose from 1 to 256"),
+            (refusal(|c| c.workers = 0), "workers is 0: choose from 1 to 1024"),
             (refusal(|c| c.max_attempts = 0), "max_attempts is 0"),
             (refusal(|c| c.outbox = Some(0)), "outbox is 0"),
             (refusal(|c| c.outbox = Some(16385)), "outbox is 16385: choose from 1 to 16384"),
             (refusal(|c| c.max_connections = 0), "max_connections is 0"),
             (refusal(|c| c.max_resets = 0), "max_resets is 0"),
-            (refusal(|c| c.max_message = ByteSize::new(0)), "max_message is 0"),
-            (refusal(|c| c.max_message = ByteSize::mib(4096)), "max_message is 4GiB"),
+            (refusal(|c| c.max_message = Some(ByteSize::new(0))), "max_message is 0"),
+            (refusal(|c| c.max_message = Some(ByteSize::mib(4096))), "max_message is 4GiB"),
             (
-                refusal(|c| c.arena = ByteSize::mib(36)),
+                refusal(|c| (c.arena, c.max_message) = (Some(ByteSize::mib(36)), Some(ByteSize::mib(64)))),
                 "max_message is 64MiB, which needs an arena of 72MiB, but arena is 36MiB: raise arena to 72MiB or lower max_message to 32MiB",
             ),
-            (refusal(|c| c.arena = ByteSize::mib(72)), "accepted"),
-            (refusal(|c| c.arena = ByteSize::new(4095)), "arena is 4095: choose from 4KiB to 64GiB"),
-            (refusal(|c| c.arena = ByteSize::mib(1 << 17)), "arena is 128GiB"),
+            (refusal(|c| (c.arena, c.max_message) = (Some(ByteSize::mib(72)), Some(ByteSize::mib(64)))), "accepted"),
+            (refusal(|c| c.arena = Some(ByteSize::mib(1))), "accepted"),
+            (refusal(|c| c.max_message = Some(ByteSize::mib(1024))), "accepted"),
+            (refusal(|c| c.arena = Some(ByteSize::new(4095))), "arena is 4095: choose from 4KiB to 64GiB"),
+            (refusal(|c| c.arena = Some(ByteSize::mib(1 << 17))), "arena is 128GiB"),
             (refusal(|c| c.dead_letters = ByteSize::new(0)), "accepted"),
             (
                 refusal(|c| c.dead_letters = ByteSize::new(65535)),
@@ -487,10 +502,25 @@ mod tests {
             (refusal(|c| c.body_timeout = Duration::ZERO), "body_timeout is 0"),
             (refusal(|c| c.grace = Duration::ZERO), "accepted"),
             (refusal(|c| c.pools = pools(&["a=echo", "b=echo", "a=sha256"])), "pool a is there twice"),
-            (refusal(|c| c.pools = pools(&["a:256=echo"; 1])), "accepted"),
+            (refusal(|c| c.pools = pools(&["a:1024=echo"])), "accepted"),
+            (refusal(|c| c.pools = pools(&["a:512=echo", "b:512=echo"])), "accepted"),
             (
                 refusal(|c| c.pools = (0..5).flat_map(|i| pools(&[&format!("{i}:256=echo")])).collect()),
-                "the pools have 1280 workers together: 1024 are the most",
+                "the pools have 1280 workers together: choose from 1 to 1024",
+            ),
+            (
+                refusal(|c| {
+                    c.workers = 600;
+                    c.pools = pools(&["a=echo", "b=echo"]);
+                }),
+                "the pools have 1200 workers together: choose from 1 to 1024",
+            ),
+            (
+                refusal(|c| {
+                    let pool = PoolSpec { workers: Some(1025), ..pools(&["a=echo"]).remove(0) };
+                    c.pools = vec![pool];
+                }),
+                "pool a has 1025 workers: choose from 1 to 1024",
             ),
             (
                 refusal(|c| c.pools = (0..65).flat_map(|i| pools(&[&format!("{i}:1=echo")])).collect()),
@@ -532,12 +562,12 @@ mod tests {
     proptest! {
         #[test]
         fn the_arena_that_a_refusal_names_is_enough_and_no_less(max_message in 4096_u64..=MAX_MESSAGE) {
-            let arena = ByteSize::new(4096);
-            let mut config = Config { max_message: ByteSize::new(max_message), arena, ..Config::default() };
+            let (arena, max_message) = (Some(ByteSize::new(4096)), Some(ByteSize::new(max_message)));
+            let mut config = Config { max_message, arena, ..Config::default() };
             let Err(ConfigError::Arena { needed, .. }) = config.validate() else { panic!("a page was enough") };
-            config.arena = ByteSize::new(needed.bytes() - 1);
+            config.arena = Some(ByteSize::new(needed.bytes() - 1));
             prop_assert!(config.validate().is_err());
-            config.arena = needed;
+            config.arena = Some(needed);
             prop_assert!(config.validate().is_ok());
         }
 

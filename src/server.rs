@@ -14,11 +14,11 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     builtin::{Builtin, BuiltinError},
-    config::{Affinity, ByteSize, Config, ConfigError, PoolSpec},
+    config::{Affinity, ByteSize, Config, ConfigError, PoolSpec, Room},
     handler::{Failure, Handler, Item, Reply},
     process::{self, DeadChildren, ForkError},
     program::Program,
-    segment::{Geometry, SegmentError, SegmentOwner},
+    segment::{self, Geometry, Layout, SegmentError, SegmentOwner, Terms},
     supervisor::{App, PoolPlan, Signals, Supervisor, SupervisorError, Work},
 };
 
@@ -306,21 +306,20 @@ impl Server {
             place,
         });
         let pools: Vec<_> = pools.collect();
-        let geometry = Geometry {
-            items: self.config.capacity,
-            fronts: 1,
-            workers: pools.iter().map(|pool| u32::from(pool.workers)).sum(),
-            pools: pools.len() as u32,
-            request_bytes: self.config.arena.bytes(),
-            result_bytes: self.config.arena.bytes(),
-            letter_bytes: self.config.dead_letters.bytes(),
-        };
+        let least_arena = self.config.arena.is_none().then(|| self.config.least_arena());
+        let geometry = geometry(&self.config)?;
         let signals = Signals::block().map_err(SupervisorError::Io)?;
         let address = self.config.listen;
         let listener = listen(address).map_err(|error| ServerError::Listen { address, error })?;
         let address = listener.local_addr().map_err(|error| ServerError::Listen { address, error })?;
         let shapes: Vec<_> = pools.iter().map(|pool| (pool.name.clone(), pool.workers)).collect();
-        let owner = SegmentOwner::take(&self.config.name, geometry, &shapes, self.config.fresh)?;
+        let terms = Terms { fresh: self.config.fresh, least_arena };
+        let owner = SegmentOwner::take_with(&self.config.name, geometry, &shapes, terms)?;
+        // The default for the largest message follows from the arena that there is, also from an adopted one.
+        let arena = ByteSize::new(owner.layout().geometry().request_bytes);
+        self.config.arena = Some(arena);
+        let (mib, max_message) = (owner.layout().total().div_ceil(1 << 20), self.config.max_message());
+        tracing::info!(mib, %arena, %max_message, "reserved the shared memory");
         let supervisor = Supervisor::new(self.config, pools, listener, owner, apps)?;
         Ok(BoundServer { address, supervisor, signals, _dead: dead })
     }
@@ -349,6 +348,25 @@ impl BoundServer {
     pub fn run(self) -> Result<(), ServerError> {
         Ok(self.supervisor.run(&self.signals)?)
     }
+}
+
+/// Returns how many of everything the segment of a server has. Its arenas follow from the size of `/dev/shm`, unless the
+/// configuration says how large they are.
+pub(crate) fn geometry(config: &Config) -> Result<Geometry, SegmentError> {
+    let workers = config.pools.iter().map(|pool| u32::from(config.workers_of(pool))).sum();
+    let with_arenas = |bytes| Geometry {
+        items: config.capacity,
+        fronts: 1,
+        workers,
+        pools: config.pools.len() as u32,
+        request_bytes: bytes,
+        result_bytes: bytes,
+        letter_bytes: config.dead_letters.bytes(),
+    };
+    let (partitions, smallest) = (1 + u64::from(workers), 4096);
+    let fixed = Layout::of(with_arenas(smallest))?.total() - partitions * smallest;
+    let room = Room { shm: segment::shm_size(), fixed, partitions };
+    Ok(with_arenas(config.arena_in(room).bytes()))
 }
 
 /// What is wrong with a pool's program is said before there is a port that clients could reach. It is looked at in the

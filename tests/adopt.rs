@@ -22,7 +22,7 @@ use common::{
 };
 use forkring::{
     client::Client,
-    proto::v1::{WorkItem, WorkResult},
+    proto::v1::{self, WorkItem, WorkResult},
 };
 use nix::sys::signal::Signal;
 use tokio::task::JoinHandle;
@@ -142,6 +142,40 @@ fn what_was_accepted_is_finished_and_what_was_done_is_not_repeated() {
         let mut begun = begun(&files);
         begun.remove(&7);
         assert_eq!(begun, wanted);
+    });
+}
+
+#[test]
+fn default_sizes_are_those_of_what_was_left() {
+    run(async {
+        let sizes = ["--arena", "3MiB", "--max-message", "1MiB"];
+        let server = Server::serve(&[&["--pool", "echo=echo"], &sizes[..]].concat()).await;
+        let client = server.client().await;
+        submit(&client, (1..=3).map(|id| WorkItem::new("echo", payload(id)).with_id(id).with_subscription("s"))).await;
+        assert_serves(&client, "echo").await;
+        let left = server.kill().await;
+        let with_defaults = |args: &[&str]| {
+            let mut command = serve_command(&left.name, args);
+            ["FORKRING_ARENA", "FORKRING_MAX_MESSAGE"].iter().for_each(|variable| _ = command.env_remove(variable));
+            command
+        };
+        // A message that would not fit, and sizes that somebody asked for, are no defaults.
+        for (args, says) in [
+            (["--pool", "echo=echo", "--max-message", "3MiB"], "served with --arena 3MiB, not "),
+            (["--pool", "echo=echo", "--arena", "4MiB"], "served with --arena 3MiB, not 4MiB"),
+        ] {
+            finish(with_defaults(&args), b"").await.assert_failed(2, says);
+        }
+        let server = Server::start(left.name.clone(), with_defaults(&["--pool", "echo=echo"]), Files::new()).await;
+        server.logged("adopted what a dead server left behind").await;
+        let client = server.client().await;
+        updates(&client, 3).await;
+        // Its largest message follows from the arena that it found.
+        let item = |bytes| WorkItem::new("echo", vec![1; bytes]);
+        soon("an answer", client.call(item(2 << 20))).await.expect("a result");
+        let error = soon("an answer", client.call(item(3 << 20))).await.expect_err("too large");
+        assert_eq!(v1::Status::from(&error).reason, "MESSAGE_TOO_LARGE");
+        server.drain().await;
     });
 }
 

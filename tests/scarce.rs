@@ -81,6 +81,50 @@ fn a_shm_that_is_too_small_is_an_error_at_the_start() {
     });
 }
 
+/// A server's command without the sizes that tests set.
+fn with_default_sizes(mut command: Command) -> Command {
+    ["FORKRING_ARENA", "FORKRING_MAX_MESSAGE"].iter().for_each(|variable| _ = command.env_remove(variable));
+    command
+}
+
+#[test]
+fn default_sizes_follow_the_shm_that_there_is() {
+    run(async {
+        let args = ["--pool", "echo:20=echo", "--parent", &std::process::id().to_string()];
+        let (name, shm) = (unique_name(), 512 << 20);
+        let command = with_default_sizes(serve_command(&name, &args));
+        let Some(command) = with_shm(shm, "exec \"$@\"", &command) else { return };
+        let server = Server::start(name, command, Files::new()).await;
+        let segment = format!("/proc/{}/root{}", server.pid(), server.segment().display());
+        let size = fs::metadata(segment).expect("the segment").len();
+        assert!((shm / 8..=shm / 4).contains(&size), "{size}");
+        let client = server.client().await;
+        assert_serves(&client, "echo").await;
+        // Also the largest message that any gRPC client sends by default.
+        let item = WorkItem::new("echo", vec![1; (4 << 20) - 1024]);
+        assert_eq!(soon("an answer", client.call(item)).await.expect("a result").payload.len(), (4 << 20) - 1024);
+        let log = server.drain().await;
+        assert!(!log.contains("more than half"), "{log}");
+    });
+}
+
+#[test]
+fn a_reservation_that_leaves_little_is_told() {
+    run(async {
+        let args = ["--pool", "echo=echo"];
+        let size = segment_size(&args).await;
+        let name = unique_name();
+        let command = serve_command(&name, &[&args[..], &["--parent", &std::process::id().to_string()]].concat());
+        let Some(command) = with_shm(size * 3 / 2, "exec \"$@\"", &command) else { return };
+        let server = Server::start(name, command, Files::new()).await;
+        let line = server.logged("reserved more than half of the shared memory that was free").await;
+        let bytes = |field: &str| line.split(field).nth(1).and_then(|rest| rest.split(' ').next()).map(str::to_owned);
+        assert!(line.contains("WARN") && line.contains("--arena"), "{line}");
+        assert_eq!(bytes("reserved_mib="), Some(size.div_ceil(1 << 20).to_string()), "{line}");
+        server.drain().await;
+    });
+}
+
 #[test]
 fn a_shm_that_just_fits_is_enough_whatever_else_fills_it() {
     run(async {

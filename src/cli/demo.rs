@@ -60,7 +60,7 @@ pub struct DemoArgs {
     #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
     in_flight: u32,
 
-    /// Leave larger files out; the server's memory goes with it [default: 64MiB]
+    /// Leave larger files out; the server's memory goes with it [default: 64MiB, or what fits]
     #[arg(long, value_name = "SIZE")]
     max_message: Option<ByteSize>,
 
@@ -88,21 +88,20 @@ pub fn run(args: DemoArgs) -> anyhow::Result<()> {
         None => default_dir().ok_or_else(|| BadUsage("found nothing to hash: name a folder".into()))?,
     };
     let files = Files::under(&dir).map_err(|error| BadUsage(format!("cannot read {}: {error}", dir.display())))?;
-    let mut config = Config::default();
-    if let Some(max_message) = args.max_message {
-        config.max_message = max_message;
-        config.arena = ByteSize::new((max_message.bytes().saturating_mul(5) / 4).max(1 << 20));
-    }
+    let mut config = Config { pools: vec![format!("{POOL}=sha256").parse()?], ..Config::default() };
+    config.max_message = args.max_message;
+    config.arena = args.max_message.map(|largest| ByteSize::new((largest.bytes().saturating_mul(5) / 4).max(1 << 20)));
     config.workers = args.workers.unwrap_or(config.workers);
     config.validate()?;
+    config.arena = Some(ByteSize::new(crate::server::geometry(&config)?.request_bytes));
 
     // Before any thread: the child's parent must be this thread, with which it ends.
     let mut server = server::Server::start(&config)?;
     let interrupted = on_interrupt()?;
-    let largest = config.max_message.bytes().saturating_sub(ENVELOPE);
+    let largest = config.max_message().bytes().saturating_sub(ENVELOPE);
     let shared = Arc::new(Shared {
         files: Mutex::new(files),
-        window: Window::new(args.in_flight, config.max_message.bytes()),
+        window: Window::new(args.in_flight, config.max_message().bytes()),
         pending: Pending::default(),
         next_id: AtomicU64::new(1),
         unreadable: AtomicU64::new(0),

@@ -22,7 +22,8 @@ use serde::Serialize;
 use super::{print, print_json};
 use crate::{
     config::Config,
-    segment::{self, Geometry, Layout, PREFIX},
+    segment::{self, Layout, PREFIX},
+    server,
 };
 
 const SHM: &str = "/dev/shm";
@@ -87,8 +88,8 @@ struct Report {
 
 /// Prints all checks.
 pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
-    let config = Config::default();
-    let need = segment_size(&config)?;
+    let config = Config { pools: vec!["echo=echo".parse()?], ..Config::default() };
+    let need = Layout::of(server::geometry(&config)?)?.total();
     let checks =
         vec![kernel(), pidfd(), cores(), shm(need), memory(need), files(&config), segments(args.name.as_deref())];
     let failed = checks.iter().filter(|check| check.verdict == Verdict::Fail).count();
@@ -112,20 +113,6 @@ fn lines(check: &Check) -> String {
     };
     let fix = check.fix.as_ref().map(|fix| format!("{:16}fix: {fix}\n", "")).unwrap_or_default();
     format!("{verdict}  {:<10}{}\n{fix}", check.name, check.detail)
-}
-
-/// What the default configuration takes of `/dev/shm` for one pool.
-fn segment_size(config: &Config) -> anyhow::Result<u64> {
-    let geometry = Geometry {
-        items: config.capacity,
-        fronts: 1,
-        workers: config.workers.into(),
-        pools: 1,
-        request_bytes: config.arena.bytes(),
-        result_bytes: config.arena.bytes(),
-        letter_bytes: config.dead_letters.bytes(),
-    };
-    Ok(Layout::of(geometry)?.total())
 }
 
 fn kernel() -> Check {
@@ -294,6 +281,7 @@ fn mib(bytes: u64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::segment::Geometry;
 
     #[test]
     fn a_kernels_release_is_read() {

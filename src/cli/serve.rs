@@ -92,11 +92,11 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_CAPACITY", value_name = "ITEMS")]
     capacity: Option<u32>,
 
-    /// Payload memory for requests, and of each worker for results [default: 80MiB]
+    /// Payload memory for requests, and of each worker for results [default: a quarter of /dev/shm for all, but 5 to 80MiB each]
     #[arg(long, env = "FORKRING_ARENA", value_name = "SIZE")]
     arena: Option<ByteSize>,
 
-    /// The largest message, at most 8/9 of the arena [default: 64MiB]
+    /// The largest message, at most 8/9 of the arena [default: 64MiB, or what fits]
     #[arg(long, env = "FORKRING_MAX_MESSAGE", value_name = "SIZE")]
     max_message: Option<ByteSize>,
 
@@ -201,8 +201,8 @@ impl ServeArgs {
         lay(self.fresh, &mut config.fresh);
         lay(self.workers, &mut config.workers);
         lay(self.capacity, &mut config.capacity);
-        lay(self.arena, &mut config.arena);
-        lay(self.max_message, &mut config.max_message);
+        lay(self.arena.map(Some), &mut config.arena);
+        lay(self.max_message.map(Some), &mut config.max_message);
         lay(self.spin, &mut config.spin);
         lay(self.preload, &mut config.preload);
         lay(self.reload, &mut config.reload);
@@ -339,8 +339,8 @@ mod tests {
             name: "n".into(),
             fresh: true,
             capacity: 7,
-            arena: ByteSize::mib(2),
-            max_message: ByteSize::mib(1),
+            arena: Some(ByteSize::mib(2)),
+            max_message: Some(ByteSize::mib(1)),
             spin: Spin::Off,
             workers: 5,
             max_attempts: 9,
@@ -368,8 +368,8 @@ mod tests {
             pool: vec![pool("a=echo")],
             workers: Some(5),
             capacity: Some(7),
-            arena: Some(wanted.arena),
-            max_message: Some(wanted.max_message),
+            arena: wanted.arena,
+            max_message: wanted.max_message,
             spin: Some(Spin::Off),
             config: None,
             grace: Some(wanted.grace),

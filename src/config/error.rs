@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 use super::ByteSize;
-use crate::segment::{MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS};
+use crate::segment::{MAX_POOLS, MAX_WORKERS};
 
 /// Why a configuration was refused: what is wrong and what to do about it.
 #[derive(Debug, thiserror::Error)]
@@ -80,7 +80,9 @@ pub enum ConfigError {
     #[error("pool {0} has no handler: name one, such as echo, sha256, sleep:10ms or exec:COMMAND")]
     NoHandler(String),
     /// A pool with no or too many workers.
-    #[error("pool {pool} has {workers} workers: choose from 1 to {MAX_POOL_WORKERS}")]
+    #[error(
+        "pool {pool} has {workers} workers: choose from 1 to {MAX_WORKERS}, the most that all pools may have together"
+    )]
     PoolWorkers {
         /// Which pool.
         pool: String,
@@ -124,7 +126,7 @@ pub enum ConfigError {
     TooManyPools(usize),
     /// More workers than fit a segment.
     #[error(
-        "the pools have {0} workers together: {MAX_WORKERS} are the most; lower --workers or the pools' own counts"
+        "the pools have {0} workers together: choose from 1 to {MAX_WORKERS}; lower --workers or the pools' own counts"
     )]
     TooManyWorkers(u32),
 }

@@ -7,7 +7,7 @@ use serde::Deserialize;
 #[cfg(doc)]
 use super::Config;
 use super::{Affinity, ByteSize, ConfigError, InvalidValue, is_name, units};
-use crate::segment::MAX_POOL_WORKERS;
+use crate::segment::MAX_WORKERS;
 
 /// A pool with a built-in or a Python handler, written `NAME[:WORKERS]=HANDLER`. The handler is verbatim what follows the `=`.
 ///
@@ -53,7 +53,7 @@ impl PoolSpec {
             return Err(ConfigError::NoHandler(self.name.clone()));
         }
         match self.workers {
-            Some(workers) if !(1..=MAX_POOL_WORKERS).contains(&workers.into()) => {
+            Some(workers) if !(1..=MAX_WORKERS).contains(&workers.into()) => {
                 Err(ConfigError::PoolWorkers { pool: self.name.clone(), workers })
             }
             _ => Ok(()),
@@ -67,11 +67,14 @@ impl FromStr for PoolSpec {
     fn from_str(text: &str) -> Result<Self, InvalidValue> {
         let error = || units::invalid(text, "a pool: give NAME[:WORKERS]=HANDLER, such as hash:4=sha256");
         let workers = |count: &str| match count.parse() {
-            Ok(workers @ 1..) if u32::from(workers) <= MAX_POOL_WORKERS => Ok(workers),
+            Ok(workers @ 1..) if u32::from(workers) <= MAX_WORKERS => Ok(workers),
             _ if count.is_empty() || !count.bytes().all(|b| b.is_ascii_digit()) => Err(error()),
-            _ => Err(units::invalid(count, "a pool's number of workers: choose from 1 to 256")),
+            _ => Err(units::invalid(
+                count,
+                "a pool's number of workers: choose from 1 to 1024, the most that all pools may have together",
+            )),
         };
-        const { assert!(MAX_POOL_WORKERS == 256, "the line above says so") };
+        const { assert!(MAX_WORKERS == 1024, "the line above says so") };
         let (head, handler) = text.split_once('=').ok_or_else(error)?;
         let (name, workers) = match head.split_once(':') {
             Some((name, count)) => (name, Some(workers(count)?)),
@@ -111,7 +114,7 @@ mod tests {
             assert_eq!(text.parse(), Ok(pool), "{text}");
         }
         for text in
-            ["", "hash", "=echo", "hash=", "hash:=echo", "hash:x=echo", "hash:0=echo", "hash:257=echo", "a b=echo"]
+            ["", "hash", "=echo", "hash=", "hash:=echo", "hash:x=echo", "hash:0=echo", "hash:1025=echo", "a b=echo"]
         {
             assert!(text.parse::<PoolSpec>().is_err(), "{text}");
         }
@@ -121,7 +124,7 @@ mod tests {
         #[test]
         fn what_a_pool_prints_is_read_back(
             name in "[A-Za-z0-9._-]{1,64}",
-            workers in proptest::option::of(1_u16..=256),
+            workers in proptest::option::of(1_u16..=1024),
             handler in "\\PC{1,40}",
         ) {
             let pool = PoolSpec { name, workers, handler, ..PoolSpec::default() };

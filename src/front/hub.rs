@@ -182,7 +182,7 @@ impl Hub {
             activity: Cell::new(0),
             draining: watch::Sender::new(false),
             pools,
-            max_message: config.max_message.bytes().min(front.largest_request()) as usize,
+            max_message: config.max_message().bytes().min(front.largest_request()) as usize,
             body_timeout: config.body_timeout,
             outbox: config.outbox() as usize,
             // Half of a worker's result arena: the rest is for those who wait.

@@ -17,9 +17,7 @@ use crate::ring::INDEX_BITS;
 pub const PRIORITIES: u32 = 4;
 /// The most pools of a segment: lanes are numbered in 8 bits of an item's word.
 pub const MAX_POOLS: u32 = 64;
-/// The most workers of a pool: the bits of its idle bitmap.
-pub const MAX_POOL_WORKERS: u32 = 256;
-/// The most workers of a segment.
+/// The most workers of a segment, in however many pools: a pool's bitmaps have a bit for each.
 pub const MAX_WORKERS: u32 = 1024;
 /// The most fronts of a segment.
 pub const MAX_FRONTS: u32 = 64;
@@ -35,6 +33,8 @@ const BYTES_PER_LETTER: u64 = 1024;
 
 /// What no two processes share for writing.
 pub(super) const BLOCK: u64 = 128;
+/// A pool's bitmap of sleeping workers, and behind it the one of spinning workers. Each has blocks of its own.
+pub(super) const BITMAP: u64 = (MAX_WORKERS as u64 / 8).next_multiple_of(BLOCK);
 pub(super) const PAGE: u64 = 4096;
 
 /// How many of everything a segment has.
@@ -136,7 +136,7 @@ impl Layout {
         let pool_lines = place(pools * BLOCK, BLOCK);
         let registry = place(participants * BLOCK, BLOCK);
         let doorbells = place(participants * BLOCK, BLOCK);
-        let idle = place(pools * BLOCK, BLOCK);
+        let idle = place(pools * 2 * BITMAP, BLOCK);
         let lanes = place(pools * u64::from(PRIORITIES) * lane_stride.next_multiple_of(BLOCK), BLOCK);
         let returns = place(workers * fronts * return_stride.next_multiple_of(BLOCK), BLOCK);
         let items = place(items * 2 * BLOCK, 2 * BLOCK);
@@ -295,7 +295,7 @@ mod tests {
                 (layout.pools, pools * BLOCK),
                 (layout.registry, participants * BLOCK),
                 (layout.doorbells, participants * BLOCK),
-                (layout.idle, pools * BLOCK),
+                (layout.idle, pools * 2 * BITMAP),
                 (layout.lanes, pools * u64::from(PRIORITIES) * layout.lane_stride),
                 (layout.returns, workers * fronts * layout.return_stride),
                 (layout.items, items * 2 * BLOCK),

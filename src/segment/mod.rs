@@ -59,11 +59,10 @@ pub use error::SegmentError;
 pub use identity::PoolShape;
 pub use inspect::{SegmentInfo, inspect};
 pub use layout::{
-    GRANULE, Geometry, Layout, MAX_FRONTS, MAX_ITEMS, MAX_POOL_WORKERS, MAX_POOLS, MAX_WORKERS, MIN_LETTER_BYTES,
-    PRIORITIES, Slot,
+    GRANULE, Geometry, Layout, MAX_FRONTS, MAX_ITEMS, MAX_POOLS, MAX_WORKERS, MIN_LETTER_BYTES, PRIORITIES, Slot,
 };
 pub use letters::{Letter, LetterKey, LetterLog, Letters};
-pub use owner::SegmentOwner;
+pub use owner::{SegmentOwner, Terms, shm_size};
 pub use pins::Pin;
 pub use record::{INLINE, Inline, ItemRecord, WINDOW};
 pub use registry::Liveness;
@@ -73,12 +72,12 @@ use crate::{
     doorbell::Sleepers,
     ring::{Consumer, Lane, Producer, returns},
 };
-use layout::{BLOCK, PAGE};
+use layout::{BITMAP, BLOCK, PAGE};
 use pins::Pins;
 use view::{Access, View};
 
 /// Changes when the meaning of anything in the segment does.
-pub const ABI: u32 = 5;
+pub const ABI: u32 = 6;
 const MAGIC: u64 = u64::from_le_bytes(*b"forkring");
 /// In the place of the magic number while the rest of the header is written.
 const MAKING: u64 = u64::from_le_bytes(*b"forkr...");
@@ -338,16 +337,19 @@ impl Segment {
 
     /// The idle bitmap of a pool: a bit for each of its workers, from its first.
     pub fn idle(&self, pool: u16) -> Sleepers<'_> {
-        assert!(u32::from(pool) < self.layout.geometry.pools, "no such pool");
-        let words = (MAX_POOL_WORKERS / 64) as usize;
-        Sleepers::new(self.control.slice(self.layout.idle + u64::from(pool) * BLOCK, words))
+        Sleepers::new(self.bitmap(pool, 0))
     }
 
     /// The workers of a pool that spin, a bit each as in its idle bitmap. Only a matter of speed.
     pub fn spinning(&self, pool: u16) -> &[AtomicU64] {
+        self.bitmap(pool, 1)
+    }
+
+    /// Returns one of a pool's two bitmaps: as many words as the segment's workers need, as no pool has more of them.
+    fn bitmap(&self, pool: u16, number: u64) -> &[AtomicU64] {
         assert!(u32::from(pool) < self.layout.geometry.pools, "no such pool");
-        let words = (MAX_POOL_WORKERS / 64) as usize;
-        self.control.slice(self.layout.idle + u64::from(pool) * BLOCK + BLOCK / 2, words)
+        let words = self.layout.geometry.workers.div_ceil(64) as usize;
+        self.control.slice(self.layout.idle + (2 * u64::from(pool) + number) * BITMAP, words)
     }
 
     fn door(&self, slot: Slot) -> &Door {
@@ -534,6 +536,25 @@ mod tests {
         assert_eq!(info.creator.map(NonZeroU32::get), Some(std::process::id()));
         drop(owner);
         assert!(inspect(&name).is_err());
+    }
+
+    #[test]
+    fn a_pool_may_have_all_workers_of_a_segment() {
+        let name = name("bitmaps");
+        let workers = MAX_WORKERS as usize;
+        let geometry = Geometry { workers: MAX_WORKERS, pools: 2, result_bytes: PAGE, ..geometry() };
+        let owner = SegmentOwner::create(&name, geometry).unwrap();
+        let segment = Segment::attach(owner.object(), &name, Slot::Front(0)).unwrap();
+        // The bits of one bitmap are in no other's way.
+        for pool in 0..2 {
+            segment.idle(pool).enter(workers - 1);
+            segment.spinning(pool)[workers / 64 - 1].store(u64::MAX, Relaxed);
+        }
+        for pool in 0..2 {
+            assert_eq!(segment.idle(pool).wake_one(), Some(workers - 1));
+            assert_eq!(segment.idle(pool).wake_one(), None);
+            assert_eq!(segment.spinning(pool).iter().filter(|word| word.load(Relaxed) != 0).count(), 1);
+        }
     }
 
     #[test]

@@ -66,7 +66,12 @@ impl SegmentOwner {
     /// The segment of that name, with all of its memory reserved: a new one; or the one that a dead server left, if it
     /// was made for the same and nobody wants a `fresh` one.
     pub fn take(name: &str, geometry: Geometry, pools: &[PoolShape], fresh: bool) -> Result<Self, SegmentError> {
-        let taking = Taking { name, layout: Layout::of(geometry)?, pools };
+        Self::take_with(name, geometry, pools, Terms { fresh, least_arena: None })
+    }
+
+    /// Takes the segment of that name like [`take`](Self::take), on these terms.
+    pub fn take_with(name: &str, geometry: Geometry, pools: &[PoolShape], terms: Terms) -> Result<Self, SegmentError> {
+        let mut taking = Taking { name, layout: Layout::of(geometry)?, pools };
         let object = taking.lock()?;
         crash_point!("segment.locked");
         match taking.look(&object)? {
@@ -75,12 +80,17 @@ impl SegmentOwner {
                 tracing::warn!(name, "made the segment anew: its maker had died before it was ready");
                 taking.make(object)
             }
-            Found::Left(header) if fresh => {
+            Found::Left(header) if terms.fresh => {
                 let pid = header.creator_pid.load(Relaxed);
                 tracing::warn!(name, pid, "threw away the segment that a dead server left behind");
                 taking.make(object)
             }
-            Found::Left(header) => taking.adopt(object, &header),
+            Found::Left(header) => {
+                if let Some(layout) = terms.least_arena.and_then(|least| with_arenas_of(&header, least, geometry)) {
+                    taking.layout = layout;
+                }
+                taking.adopt(object, &header)
+            }
         }
     }
 
@@ -115,6 +125,23 @@ impl SegmentOwner {
     pub fn own(&mut self) {
         self.shmem.set_owner(true);
     }
+}
+
+/// What a server that takes a segment does with one that a dead server left.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Terms {
+    /// Whether it throws the segment away instead of adopting it.
+    pub fresh: bool,
+    /// The smallest arenas that will do, if it adopts the segment whatever the size of its arenas is. `None`: only arenas of the
+    /// size that it wants.
+    pub least_arena: Option<u64>,
+}
+
+/// Lays a segment out with the arenas of one that was left, if they are large enough.
+fn with_arenas_of(left: &Header, least: u64, wanted: Geometry) -> Option<Layout> {
+    let Geometry { request_bytes, result_bytes, .. } = left.geometry();
+    let is_enough = request_bytes == result_bytes && request_bytes >= least;
+    Layout::of(Geometry { request_bytes, result_bytes, ..wanted }).ok().filter(|_| is_enough)
 }
 
 /// What there is under a name.
@@ -237,7 +264,9 @@ impl Taking<'_> {
             ftruncate(object, size).map_err(|e| self.io("size")(e.into()))?;
             crash_point!("segment.sized");
         }
+        let free = shm_space().map_or(u64::MAX, |(free, _)| free);
         self.reserve(object)?;
+        self.tell_of_size(free);
         self.format(object).map_err(self.io("format"))
     }
 
@@ -247,9 +276,8 @@ impl Taking<'_> {
                 Ok(()) => break,
                 Err(Errno::INTR) => {}
                 Err(Errno::NOSPC) => {
-                    let mib = |blocks: u64, size: u64| (blocks * size) >> 20;
-                    let fs = statvfs(DIRECTORY).map_err(|e| self.io("reserve")(e.into()))?;
-                    let (free, size) = (mib(fs.f_bavail, fs.f_frsize), mib(fs.f_blocks, fs.f_frsize));
+                    let (free, size) = shm_space().map_err(self.io("reserve"))?;
+                    let (free, size) = (free >> 20, size >> 20);
                     let (need, letters) = (self.layout.total.div_ceil(1 << 20), self.layout.letter_slots() > 0);
                     return Err(SegmentError::NoSpace { need, free, size, letters });
                 }
@@ -258,6 +286,23 @@ impl Taking<'_> {
         }
         crash_point!("segment.reserved");
         Ok(())
+    }
+
+    /// Warns of a reservation that leaves others little of the `free` bytes that there were.
+    fn tell_of_size(&self, free: u64) {
+        let reserved = self.layout.total;
+        if leaves_little(reserved, free) {
+            let (partitions, arena) = (1 + self.layout.geometry.workers, self.layout.geometry.result_bytes);
+            tracing::warn!(
+                name = self.name,
+                reserved_mib = reserved.div_ceil(1 << 20),
+                free_mib = free >> 20,
+                partitions,
+                arena_mib = arena >> 20,
+                "reserved more than half of the shared memory that was free: one arena for requests and one for each \
+                 worker's results; choose a smaller --arena or fewer --workers if others need it"
+            );
+        }
     }
 
     /// Fills the header in, `magic` last. All else starts as zeros, which `fallocate` gave.
@@ -331,6 +376,22 @@ impl Header {
 
 fn stat(name: &str, object: &impl AsFd) -> Result<Stat, SegmentError> {
     fstat(object).map_err(|error| io_error(name, "look at")(error.into()))
+}
+
+/// Returns the bytes that are free in `/dev/shm`, and how many it has.
+fn shm_space() -> io::Result<(u64, u64)> {
+    let fs = statvfs(DIRECTORY)?;
+    Ok((fs.f_bavail * fs.f_frsize, fs.f_blocks * fs.f_frsize))
+}
+
+/// Returns the size of `/dev/shm` in bytes, free or not; 0 if there is none.
+pub fn shm_size() -> u64 {
+    shm_space().map_or(0, |(_, size)| size)
+}
+
+/// Returns whether a reservation leaves others less than half of what was free.
+fn leaves_little(reserved: u64, free: u64) -> bool {
+    reserved > free / 2
 }
 
 fn io_error(name: &str, what: &'static str) -> impl Fn(io::Error) -> SegmentError {
@@ -453,6 +514,40 @@ mod tests {
             assert!(error.contains(&says) && error.contains("--fresh"), "{error}");
         }
         assert!(take(name).is_ok(), "and is as it was");
+    }
+
+    #[test]
+    fn arenas_of_a_left_segment_are_adopted_if_any_size_will_do() {
+        let Path(name, _path) = &path("arenas");
+        leave(name);
+        let wanted = Geometry { request_bytes: 3 << 20, result_bytes: 3 << 20, ..GEOMETRY };
+        let take = |geometry, least_arena| {
+            SegmentOwner::take_with(name, geometry, &pools(), Terms { fresh: false, least_arena })
+        };
+        for least in [0, 1 << 20] {
+            let owner = take(wanted, Some(least)).unwrap();
+            assert_eq!((owner.layout().geometry(), owner.left_by().is_some()), (&GEOMETRY, true), "{least}");
+        }
+        for (geometry, least, says) in [
+            (wanted, None, "--arena 1MiB, not 3MiB. Start"),
+            (wanted, Some((1 << 20) + 1), "--arena 1MiB, not 3MiB. Start"),
+            // What differs beside it is told, and the arenas are not.
+            (Geometry { items: 65, ..wanted }, Some(0), "served with --capacity 64, not 65. Start"),
+        ] {
+            let error = take(geometry, least).err().unwrap().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+        let owner = SegmentOwner::take_with(name, wanted, &pools(), Terms { fresh: true, least_arena: Some(0) });
+        assert_eq!(owner.unwrap().layout().geometry(), &wanted, "what is thrown away says nothing");
+    }
+
+    #[test]
+    fn a_reservation_is_unusual_if_it_takes_more_than_half_of_what_was_free() {
+        for (reserved, free, unusual) in
+            [(0, 0, false), (50, 100, false), (51, 100, true), (100, 100, true), (1, u64::MAX, false)]
+        {
+            assert_eq!(leaves_little(reserved, free), unusual, "{reserved} of {free}");
+        }
     }
 
     #[test]

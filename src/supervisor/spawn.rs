@@ -154,7 +154,7 @@ impl Supervisor {
             item_timer: self.watch.timer(number).map(ItemTimer::to_parts),
             is_open: self.is_open,
             spin: self.config.spin.to_string(),
-            max_message: self.config.max_message.bytes(),
+            max_message: self.config.max_message().bytes(),
             pool: pool.name.clone(),
             ..contract
         }
@@ -191,7 +191,7 @@ impl Supervisor {
         let Work::Handler(handler) = &mut self.pools[pool].work else {
             return Err(io::Error::other("the worker is a program's"));
         };
-        let most = self.config.max_message.bytes() as usize;
+        let most = self.config.max_message().bytes() as usize;
         match self.watch.timer(number) {
             None => worker::run(&mut worker, &mut **handler, self.config.spin, most),
             Some(timer) => {

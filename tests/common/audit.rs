@@ -110,7 +110,7 @@ impl Copy {
         copy.lines = place(copy.pools * BLOCK, BLOCK);
         copy.registry = place(participants * BLOCK, BLOCK);
         copy.doors = place(participants * BLOCK, BLOCK);
-        copy.idle = place(copy.pools * BLOCK, BLOCK);
+        copy.idle = place(copy.pools * 2 * BLOCK, BLOCK);
         copy.lanes = place(copy.pools * PRIORITIES * copy.lane_stride(), BLOCK);
         copy.returns = place(copy.workers * copy.fronts * copy.return_stride(), BLOCK);
         copy.table = place(copy.items * RECORD, RECORD);
@@ -365,10 +365,13 @@ impl Copy {
             }
         }
         for pool in 0..self.pools {
-            let (at, count) = (self.idle + pool * BLOCK, self.u32(self.lines + pool * BLOCK));
-            let words = |at| [0, 1, 2, 3].map(|i| self.u64(at + 8 * i));
-            if words(at) != [(1 << count) - 1, 0, 0, 0] || words(at + 64) != [0; 4] {
-                faults.push(format!("pool {pool}: idle {:?}, spinning {:?}", words(at), words(at + 64)));
+            let (at, count) = (self.idle + pool * 2 * BLOCK, self.u32(self.lines + pool * BLOCK));
+            let words =
+                |at| [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104, 112, 120].map(|i| self.u64(at + i));
+            let mut all_idle = [0; 16];
+            all_idle[0] = (1 << count) - 1;
+            if words(at) != all_idle || words(at + BLOCK) != [0; 16] {
+                faults.push(format!("pool {pool}: idle {:?}, spinning {:?}", words(at), words(at + BLOCK)));
             }
         }
         faults

@@ -38,7 +38,7 @@ mod example {
     pub fn settings(config: &mut Config) {
         config.listen = here();
         config.name = format!("example-{}", std::process::id());
-        (config.arena, config.max_message) = (ByteSize::mib(1), ByteSize::new(512 << 10));
+        (config.arena, config.max_message) = (Some(ByteSize::mib(1)), Some(ByteSize::new(512 << 10)));
     }
 
     /// A server with the pool `sha256`.

@@ -41,8 +41,10 @@ impl Server {
         command.args(["--name", &name(pid)]);
         command.args(["--pool", &format!("{POOL}=sha256")]);
         command.args(["--workers", &config.workers.to_string()]);
-        command.args(["--arena", &config.arena.to_string()]);
-        command.args(["--max-message", &config.max_message.to_string()]);
+        if let Some(arena) = config.arena {
+            command.args(["--arena", &arena.to_string()]);
+        }
+        command.args(["--max-message", &config.max_message().to_string()]);
         command.args(["--parent", &pid.to_string()]);
         // What somebody set for a server of theirs is not meant for this one, but for the log's level.
         for (variable, _) in env::vars_os() {

@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use forkring::{
-    config::Config,
+    config::{Config, Room},
     segment::{Geometry, Layout},
 };
 
@@ -19,13 +19,15 @@ libfuzzer_sys::fuzz_target!(|text: &str| {
     if config.pools.is_empty() {
         return;
     }
+    let room = Room { shm: 1 << 30, fixed: 1 << 24, partitions: 2 };
+    let arena = config.arena_in(room).bytes();
     let geometry = Geometry {
         items: config.capacity,
         fronts: 1,
         workers: config.pools.iter().map(|pool| u32::from(config.workers_of(pool))).sum(),
         pools: config.pools.len() as u32,
-        request_bytes: config.arena.bytes(),
-        result_bytes: config.arena.bytes(),
+        request_bytes: arena,
+        result_bytes: arena,
         letter_bytes: config.dead_letters.bytes(),
     };
     Layout::of(geometry).expect("whatever is accepted can be laid out");
