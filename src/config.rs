@@ -5,9 +5,11 @@
 //! anything starts, with a line that says what to change.
 
 mod error;
+mod listen;
 mod place;
 mod pool;
 mod sizes;
+mod suggest;
 mod units;
 
 use std::{
@@ -20,16 +22,28 @@ use std::{
     time::Duration,
 };
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 
 use crate::segment::{MAX_ITEMS, MAX_POOLS, MAX_WORKERS, MIN_LETTER_BYTES};
 
 pub use error::ConfigError;
+pub use listen::Listen;
 pub use place::{Affinity, Place, Variable};
 pub use pool::PoolSpec;
 pub use sizes::Room;
-pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, parse_listen};
+pub(crate) use suggest::closest;
+pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, whole_number};
 
+/// How many items a server may hold.
+pub const CAPACITY: RangeInclusive<u32> = 1..=MAX_ITEMS;
+/// How many workers a pool may have: as many as all pools may have together.
+pub const WORKERS: RangeInclusive<u16> = 1..=MAX_WORKERS as u16;
+/// How often an item may be given to a worker.
+pub const ATTEMPTS: RangeInclusive<u8> = 1..=u8::MAX;
+/// How many clients may be connected.
+pub const CONNECTIONS: RangeInclusive<u32> = 1..=u32::MAX;
+/// How many streams a connection may reset in a minute.
+pub const RESETS: RangeInclusive<u32> = 1..=u32::MAX;
 /// What a partition may have: the segment's own bounds, as round numbers.
 const ARENAS: RangeInclusive<u64> = 1 << 12..=1 << 36;
 /// What dead letters may have, if any.
@@ -59,26 +73,32 @@ const MAX_SPIN: Duration = Duration::from_secs(1);
 #[derive(Debug, Clone, PartialEq, Eq, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Config {
-    /// Where gRPC is served. Default: `127.0.0.1:50051`; port 0 takes a free one.
-    #[serde(deserialize_with = "units::listen")]
-    pub listen: SocketAddr,
+    /// Where gRPC is served: an address, or the name of a host. Default: `127.0.0.1:50051`; port 0 takes a free one.
+    pub listen: Listen,
     /// Names the segment, `/dev/shm/forkring-NAME`: one live server a name. Default: `forkring`.
+    #[serde(deserialize_with = "units::text")]
     pub name: String,
     /// Throw away what a server of this name that died has left, instead of finishing it. Default: no.
+    #[serde(deserialize_with = "units::flag")]
     pub fresh: bool,
     /// How many items may be in the server at a time. Default: 16384.
+    #[serde(deserialize_with = "capacity")]
     pub capacity: u32,
     /// Payload memory of each partition: one for the front's requests, one for each worker's results. Default: what makes the
     /// segment a quarter of `/dev/shm`, but from 5 to 80 MiB, and never less than [`max_message`](Self::max_message)
     /// needs. A server that adopts what a dead one left has that one's.
+    #[serde(deserialize_with = "units::some_size")]
     pub arena: Option<ByteSize>,
     /// The largest message, in and out; at most 8/9 of the arena. Default: see [`Config::max_message`].
+    #[serde(deserialize_with = "units::some_size")]
     pub max_message: Option<ByteSize>,
     /// How long processes look for work before they sleep. Default: [`Spin::Auto`].
     pub spin: Spin,
     /// Workers of a pool that names no count. Default: the cores that this process may use.
+    #[serde(deserialize_with = "workers")]
     pub workers: u16,
     /// How often an item is given to a worker before workers that die of it are its error. Default: 3.
+    #[serde(deserialize_with = "attempts")]
     pub max_attempts: u8,
     /// Memory for dead letters: items that killed `max_attempts` workers, until they are requeued or dropped. When it is
     /// full, the oldest make room. Default: 8 MiB; 0 keeps none.
@@ -92,42 +112,49 @@ pub struct Config {
     pub worker_memory: ByteSize,
     /// Environment variables of workers; `{worker}` in a value is the worker's number in its pool, from 0. Default: none beside
     /// the server's own. A pool may have [more](PoolSpec::worker_env).
+    #[serde(deserialize_with = "units::variables")]
     pub worker_env: BTreeMap<String, String>,
     /// Which CPU each worker keeps to. Default: [`Affinity::Off`]. A pool may have [its own](PoolSpec::affinity).
     pub affinity: Affinity,
     /// Whether each pool with a handler in Python has one process that imports it and then forks the workers, which so share
     /// its memory. Default: no, each worker imports it for itself. A pool may have [its own](PoolSpec::preload).
+    #[serde(deserialize_with = "units::flag")]
     pub preload: bool,
     /// Whether workers with a handler in Python are replaced, one after the other, when a file changes that it was imported
     /// from. For development. Default: no.
+    #[serde(deserialize_with = "units::flag")]
     pub reload: bool,
     /// How long a drain may take before it is cut short. Default: 30 s; 0 does not wait.
     #[serde(deserialize_with = "units::duration")]
     pub grace: Duration,
     /// How many submitted items may be pending or wait as results for their subscribers; see [`Config::outbox`].
+    #[serde(deserialize_with = "outbox")]
     pub outbox: Option<u32>,
     /// How many clients may be connected at a time. Default: 4096.
+    #[serde(deserialize_with = "connections")]
     pub max_connections: u32,
     /// How many streams a second one connection may reset before the server could begin with them, for more than ten seconds. A
     /// client that resets more is disconnected. Default: 10000.
+    #[serde(deserialize_with = "resets")]
     pub max_resets: u32,
     /// How long a client may take for the next 64 KiB of a message that it has begun to send, or for its end. Default: 10 s.
     #[serde(deserialize_with = "units::duration")]
     pub body_timeout: Duration,
     /// The interpreter of Python handlers; the package `forkring` must be installed there. Default: the one that
     /// the program was installed for by pip, or `python3`.
+    #[serde(deserialize_with = "some_path")]
     pub python: Option<PathBuf>,
     /// How log lines look. Default: [`LogFormat::Text`].
     pub log: LogFormat,
     /// The pools with a built-in or a Python handler. Default: none. In a file: `[[pool]]`.
-    #[serde(rename = "pool")]
+    #[serde(rename = "pool", deserialize_with = "pool::list")]
     pub pools: Vec<PoolSpec>,
 }
 
 impl Default for Config {
     fn default() -> Self {
         Self {
-            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)),
+            listen: SocketAddr::from((Ipv4Addr::LOCALHOST, 50051)).into(),
             name: "forkring".to_owned(),
             fresh: false,
             capacity: 16384,
@@ -170,7 +197,8 @@ impl Config {
     /// assert_eq!(config.pools[0].to_string(), "hash=sha256");
     ///
     /// let error = Config::from_toml("capacity = 'many'", "my.toml".as_ref()).unwrap_err();
-    /// assert_eq!(error.to_string(), "my.toml:1:12: capacity: invalid type: string \"many\", expected u32");
+    /// let wanted = "my.toml:1:12: capacity: `many` is not a whole number from 1 to 1048576";
+    /// assert_eq!(error.to_string(), wanted);
     /// # Ok::<(), Box<dyn std::error::Error>>(())
     /// ```
     pub fn from_toml(text: &str, path: &Path) -> Result<Self, ConfigError> {
@@ -178,13 +206,18 @@ impl Config {
             let offset = error.span().map_or(0, |span| span.start).min(text.len());
             let before = text.get(..offset).unwrap_or_default();
             let line_start = before.rfind('\n').map_or(0, |at| at + 1);
+            // What another type was expected for is a sentence of its own here.
+            let problem = error.message();
+            let problem = match problem.split_once(", expected ") {
+                Some((_, wanted)) if problem.starts_with("invalid type: ") => wanted,
+                _ => problem,
+            };
             // The parser's message names an unknown key, but not the key of a wrong value.
             let key = text.get(line_start..).unwrap_or_default().lines().next().and_then(|line| line.split_once('='));
             let message = match key.map(|(key, _)| key.trim()) {
-                Some(key) if !key.is_empty() && !error.message().contains(&format!("`{key}`")) => {
-                    format!("{key}: {}", error.message())
-                }
-                _ => error.message().to_owned(),
+                _ if problem.starts_with(UNKNOWN) => unknown_key(problem),
+                Some(key) if !key.is_empty() && !problem.contains(&format!("`{key}`")) => format!("{key}: {problem}"),
+                _ => problem.to_owned(),
             };
             ConfigError::Parse {
                 path: path.to_owned(),
@@ -243,12 +276,12 @@ impl Config {
         if !is_name(&self.name, |b| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b)) {
             return Err(ConfigError::Name(self.name.clone()));
         }
-        in_range("capacity", self.capacity, 1, MAX_ITEMS)?;
-        in_range("workers", u32::from(self.workers), 1, MAX_WORKERS)?;
-        in_range("max_attempts", u32::from(self.max_attempts), 1, u32::from(u8::MAX))?;
-        in_range("outbox", self.outbox(), 1, self.capacity)?;
-        in_range("max_connections", self.max_connections, 1, u32::MAX)?;
-        in_range("max_resets", self.max_resets, 1, u32::MAX)?;
+        in_range("capacity", self.capacity, CAPACITY)?;
+        in_range("workers", self.workers, WORKERS)?;
+        in_range("max_attempts", self.max_attempts, ATTEMPTS)?;
+        in_range("outbox", self.outbox(), 1..=self.capacity)?;
+        in_range("max_connections", self.max_connections, CONNECTIONS)?;
+        in_range("max_resets", self.max_resets, RESETS)?;
         self.validate_sizes()?;
         if let Spin::For(duration) = self.spin
             && duration > MAX_SPIN
@@ -316,8 +349,54 @@ fn is_name(name: &str, allowed: fn(u8) -> bool) -> bool {
     (1..=64).contains(&name.len()) && name.bytes().all(allowed)
 }
 
-fn in_range(key: &'static str, value: u32, least: u32, most: u32) -> Result<(), ConfigError> {
+fn in_range<T>(key: &'static str, value: T, range: RangeInclusive<T>) -> Result<(), ConfigError>
+where
+    T: PartialOrd + Copy + Into<u32>,
+{
+    let (value, least, most) = (value.into(), (*range.start()).into(), (*range.end()).into());
     if (least..=most).contains(&value) { Ok(()) } else { Err(ConfigError::Range { key, value, least, most }) }
+}
+
+/// How the TOML parser begins its message about a key that it does not know.
+const UNKNOWN: &str = "unknown field `";
+
+/// Says which key was probably meant, of those that the parser's message lists, or which keys there are.
+fn unknown_key(message: &str) -> String {
+    let mut names = message.split('`').skip(1).step_by(2);
+    let key = names.next().unwrap_or_default();
+    let known: Vec<_> = names.collect();
+    match closest(key, known.iter().copied()) {
+        Some(meant) => format!("unknown key `{key}`: did you mean `{meant}`?"),
+        None => format!("unknown key `{key}`: the keys here are {}", known.join(", ")),
+    }
+}
+
+fn capacity<'de, D: Deserializer<'de>>(source: D) -> Result<u32, D::Error> {
+    units::from_text(source, whole_number(CAPACITY))
+}
+
+fn workers<'de, D: Deserializer<'de>>(source: D) -> Result<u16, D::Error> {
+    units::from_text(source, whole_number(WORKERS))
+}
+
+fn attempts<'de, D: Deserializer<'de>>(source: D) -> Result<u8, D::Error> {
+    units::from_text(source, whole_number(ATTEMPTS))
+}
+
+fn outbox<'de, D: Deserializer<'de>>(source: D) -> Result<Option<u32>, D::Error> {
+    units::from_text(source, whole_number(CAPACITY)).map(Some)
+}
+
+fn connections<'de, D: Deserializer<'de>>(source: D) -> Result<u32, D::Error> {
+    units::from_text(source, whole_number(CONNECTIONS))
+}
+
+fn resets<'de, D: Deserializer<'de>>(source: D) -> Result<u32, D::Error> {
+    units::from_text(source, whole_number(RESETS))
+}
+
+fn some_path<'de, D: Deserializer<'de>>(source: D) -> Result<Option<PathBuf>, D::Error> {
+    units::text(source).map(|text| Some(text.into()))
 }
 
 #[cfg(test)]
@@ -445,15 +524,35 @@ mod tests {
     #[test]
     fn a_bad_file_is_one_line_with_place_and_key() {
         for (text, wanted) in [
-            ("\n  capactiy = 1", "f.toml:2:3: unknown field `capactiy`, expected one of"),
-            ("capacity = 'x'", "f.toml:1:12: capacity: invalid type: string \"x\", expected u32"),
-            ("capacity = -1", "f.toml:1:12: capacity: invalid value: integer `-1`, expected u32"),
+            ("\n  capactiy = 1", "f.toml:2:3: unknown key `capactiy`: did you mean `capacity`?"),
+            ("max-message = 1", "f.toml:1:1: unknown key `max-message`: did you mean `max_message`?"),
+            ("xyzzy = 1", "f.toml:1:1: unknown key `xyzzy`: the keys here are listen, name, "),
+            ("capacity = 'x'", "f.toml:1:12: capacity: `x` is not a whole number from 1 to 1048576"),
+            ("capacity = -1", "f.toml:1:12: capacity: `-1` is not a whole number from 1 to 1048576"),
+            ("capacity = 1.5", "f.toml:1:12: capacity: `1.5` is not a whole number from 1 to 1048576"),
+            ("capacity = true", "f.toml:1:12: capacity: `true` is not a whole number from 1 to 1048576"),
+            ("capacity = [1]", "f.toml:1:12: capacity: a list stands where one value belongs"),
+            ("capacity = { a = 1 }", "f.toml:1:12: capacity: a table stands where one value belongs"),
+            ("workers = 0", "f.toml:1:11: workers: `0` is not a whole number from 1 to 1024"),
+            ("max_attempts = 256", "f.toml:1:16: max_attempts: `256` is not a whole number from 1 to 255"),
+            ("outbox = ''", "f.toml:1:10: outbox: `` is not a whole number from 1 to 1048576"),
+            ("max_connections = 0", "f.toml:1:19: max_connections: `0` is not a whole number from 1 to 4294967295"),
+            ("fresh = 'yes'", "f.toml:1:9: fresh: `yes` is not true or false"),
+            ("worker_env = 'A=1'", "f.toml:1:14: worker_env: give a table of names and values, such as {"),
+            ("pool = 'a=echo'", "f.toml:1:8: pool: each pool is a table of its own that begins with [[pool]]"),
+            ("[pool]\nname = 'a'", "f.toml:1:1: each pool is a table of its own that begins with [[pool]]"),
+            ("pool = ['a=echo']", "f.toml:1:9: pool: each pool is a table of its own that begins with [[pool]]"),
+            ("[[pool]]\nname = 'a'\nhandler = 'echo'\nworkers = 'x'", "f.toml:4:11: workers: `x` is not a whole"),
+            ("[[pool]]\nname = 'a'\nhandler = 'echo'\npreload = 1", "f.toml:4:11: preload: `1` is not true or"),
             ("arena = '1x'", "f.toml:1:9: arena: `1x` is not a size: give bytes"),
             ("grace = 5", "f.toml:1:9: grace: `5` is not a duration: give a number with"),
-            ("spin = true", "f.toml:1:8: spin: invalid type: boolean `true`, expected a string"),
-            ("listen = 'localhost:1'", "f.toml:1:10: listen: `localhost:1` is not an address to listen on"),
+            ("spin = true", "f.toml:1:8: spin: `true` is not a way to spin: give auto, off,"),
+            ("listen = 'localhost'", "f.toml:1:10: listen: `localhost` is not an address to listen on"),
             ("[[pool]]\nname = 'a'", "f.toml:1:1: missing field `handler`"),
-            ("[[pool]]\nname = 'a'\nhandler = 'echo'\nworker = 1", "f.toml:4:1: unknown field `worker`"),
+            (
+                "[[pool]]\nname = 'a'\nhandler = 'echo'\nworker = 1",
+                "f.toml:4:1: unknown key `worker`: did you mean `workers`?",
+            ),
             ("capacity", "f.toml:1:9: "),
             ("capacity = 1\ncapacity = 2", "f.toml:2:1: "),
             ("name = 'ü' x", "f.toml:1:12: name: "),

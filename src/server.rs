@@ -14,7 +14,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 
 use crate::{
     builtin::{Builtin, BuiltinError},
-    config::{Affinity, ByteSize, Config, ConfigError, PoolSpec, Room},
+    config::{Affinity, ByteSize, Config, ConfigError, Listen, PoolSpec, Room},
     handler::{Failure, Handler, Item, Reply},
     process::{self, DeadChildren, ForkError},
     program::Program,
@@ -49,6 +49,10 @@ pub enum ServerError {
     DuplicatePool(String),
     #[error("there is no pool: give at least one, as in --pool hash=sha256")]
     NoPool,
+    #[error(
+        "cannot listen on {listen}: the host `{host}` has no address that this machine knows ({error}); give an IP address, or a host's name that resolves"
+    )]
+    Resolve { listen: Listen, host: String, error: io::Error },
     #[error("cannot listen on {address}: {error}{}", busy(error))]
     Listen { address: SocketAddr, error: io::Error },
     #[error(transparent)]
@@ -228,9 +232,9 @@ impl Server {
         Ok(Server { pools, config })
     }
 
-    /// Where to listen; port 0 takes a free port.
+    /// Where to listen; port 0 takes a free port. A host's name can be given by [`Config::listen`].
     pub fn listen(mut self, address: SocketAddr) -> Self {
-        self.config.listen = address;
+        self.config.listen = address.into();
         self
     }
 
@@ -309,7 +313,7 @@ impl Server {
         let least_arena = self.config.arena.is_none().then(|| self.config.least_arena());
         let geometry = geometry(&self.config)?;
         let signals = Signals::block().map_err(SupervisorError::Io)?;
-        let address = self.config.listen;
+        let address = resolve(&self.config.listen)?;
         let listener = listen(address).map_err(|error| ServerError::Listen { address, error })?;
         let address = listener.local_addr().map_err(|error| ServerError::Listen { address, error })?;
         let shapes: Vec<_> = pools.iter().map(|pool| (pool.name.clone(), pool.workers)).collect();
@@ -383,6 +387,20 @@ fn check(pool: &Pool, program: &Program, variables: &[(String, String)]) -> Resu
         }),
         Ok(checked) => Ok(checked.map(|(_, files)| files).unwrap_or_default()),
         Err(error) => Err(ServerError::Program { pool, program: name, error }),
+    }
+}
+
+/// Returns the address to listen on, and logs it if a host's name was given.
+fn resolve(listen: &Listen) -> Result<SocketAddr, ServerError> {
+    match listen {
+        Listen::Address(address) => Ok(*address),
+        Listen::Host { name: host, .. } => match listen.resolve() {
+            Ok(address) => {
+                tracing::info!(%host, %address, "resolved the host to listen on");
+                Ok(address)
+            }
+            Err(error) => Err(ServerError::Resolve { listen: listen.clone(), host: host.clone(), error }),
+        },
     }
 }
 

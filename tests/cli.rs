@@ -15,7 +15,7 @@ use common::{
     processes::{children, is_alive, signal},
     program::{self, Killed},
     run,
-    server::forkring,
+    server::{forkring, unique_name},
     until,
 };
 use nix::sys::signal::Signal;
@@ -220,7 +220,7 @@ fn a_server_that_is_not_there_is_one_line() {
         socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
         let addr = socket.local_addr().expect("a port").as_socket().expect("an address").to_string();
         for command in ["call x", "submit x", "updates", "bench --count 1"] {
-            let args: Vec<_> = command.split(' ').chain(["--addr", &addr]).collect();
+            let args: Vec<_> = command.split(' ').chain(["--addr", &addr, "--connect-timeout", "0"]).collect();
             program::run(&args, b"").await.assert_failed(1, &format!("cannot reach {addr}: Connection refused"));
             let args: Vec<_> = command.split(' ').chain(["--addr", "nonsense"]).collect();
             program::run(&args, b"").await.assert_failed(2, "`nonsense` is not an address");
@@ -239,9 +239,20 @@ fn help_is_on_stdout_and_bad_usage_on_stderr() {
         for (args, says) in [
             (&["nonsense"][..], "unrecognized subcommand 'nonsense'"),
             (&["call"], "<POOL>"),
-            (&["call", "x", "--priority", "4"], "0..=3"),
+            (&["call", "x", "--priority", "4"], "`4` is not a whole number from 0 to 3"),
             (&["call", "x", "--metadata", "x"], "give KEY=VALUE"),
-            (&["updates", "--limit", "x"], "invalid value 'x' for '--limit"),
+            (&["updates", "--limit", "x"], "`x` is not a whole number"),
+            (&["updates", "--limit", "-1"], "`-1` is not a whole number"),
+            (&["submit", "x", "--first-id", "1k"], "`1k` is not a whole number"),
+            (&["bench", "--connections", "0"], "`0` is not a whole number from 1 to 10000"),
+            (&["bench", "--in-flight", "x"], "`x` is not a whole number from 1 to 1000000"),
+            (&["bench", "--count", "x"], "`x` is not a whole number from 1"),
+            (&["demo", "--workers", "0"], "`0` is not a whole number from 1 to 1024"),
+            (&["demo", "--in-flight", "x"], "`x` is not a whole number from 1"),
+            (&["dead", "show", "x"], "`x` is not a whole number"),
+            (&["dead", "requeue"], "see `forkring dead requeue --help`"),
+            (&["dead", "drop", "--al"], "see `forkring dead drop --help`"),
+            (&["dead", "sho"], "see `forkring dead --help`"),
             (&["bench", "--rate", "0"], "above zero"),
             (&["demo", "/nonexistent"], "cannot read /nonexistent"),
         ] {
@@ -268,6 +279,54 @@ fn doctor_looks_at_this_machine() {
         let text = program::run(&["doctor", "--name", &server.name], b"").await;
         assert_eq!(text.text().lines().filter(|line| !line.starts_with(' ')).count(), 7);
         server.drain().await;
+    });
+}
+
+#[test]
+fn doctor_says_that_a_server_has_no_segment() {
+    run(async {
+        let name = unique_name();
+        let outcome = program::run(&["doctor", "--name", &name], b"").await;
+        assert_eq!(outcome.code, Some(1), "{}", outcome.text());
+        let says = format!("there is no segment /dev/shm/forkring-{name}");
+        assert!(
+            outcome.text().lines().any(|line| line.starts_with("FAIL") && line.contains(&says)),
+            "{}",
+            outcome.text()
+        );
+        program::run(&["doctor", "--name", "a/b"], b"").await.assert_failed(2, "`a/b` is not a server name");
+    });
+}
+
+/// An address that nobody else can have meanwhile, as it is bound here; a server may listen there, too.
+fn reserved_address() -> (Socket, String) {
+    let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+    socket.set_reuse_address(true).expect("a socket");
+    socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
+    let addr = socket.local_addr().expect("a port").as_socket().expect("an address").to_string();
+    (socket, addr)
+}
+
+#[test]
+fn a_client_that_is_early_says_that_it_waits_and_goes_on_when_there_is_a_server() {
+    run(async {
+        for command in ["call echo", "submit echo", "updates --limit 1", "bench --count 1 --warmup 0", "dead list"] {
+            let (_socket, addr) = reserved_address();
+            let output = Files::new();
+            let file = |name| fs::File::create(output.path(name)).expect("a file");
+            let mut early = forkring();
+            early.args(command.split(' ')).args(["--addr", &addr, "--connect-timeout", "1m"]);
+            let mut early = Killed::start(early.stdout(file("stdout")).stderr(file("stderr")));
+            let said = output.lines_of("stderr", 1).await;
+            assert_eq!(said, [format!("forkring: waiting for a server at {addr} (--connect-timeout 1m)")], "{command}");
+            let server = Server::serve(&["--pool", "echo=echo", "--listen", &addr]).await;
+            if command.starts_with("updates") {
+                program::run(&["submit", "echo", "--addr", &addr], b"x").await.assert_succeeded();
+            }
+            let status = until("its end", || early.0.try_wait().expect("our child")).await;
+            assert_eq!(status.code(), Some(0), "{command}: {:?}", output.lines("stderr"));
+            server.drain().await;
+        }
     });
 }
 

@@ -403,7 +403,8 @@ fn the_command_lists_shows_requeues_and_drops() {
 
         for command in ["show", "requeue", "drop"] {
             dead(&[command, "99"]).await.assert_failed(1, "NOT_FOUND (NO_SUCH_LETTER): there is no dead letter 99");
-            dead(&[command, "x"]).await.assert_failed(2, "see `forkring dead --help`");
+            let help = format!("see `forkring dead {command} --help`");
+            dead(&[command, "x"]).await.assert_failed(2, &help);
             dead(&[command]).await.assert_failed(2, "required arguments");
         }
         dead(&["drop", "1", "--all"]).await.assert_failed(2, "cannot be used with");

@@ -14,6 +14,9 @@ use common::{
 };
 use nix::sys::signal::Signal;
 
+/// A host whose name no lookup takes over the network: a label has 63 letters at most.
+const NO_HOST: &str = "a234567890b234567890c234567890d234567890e234567890f234567890g234567890";
+
 /// Starts a server that must refuse to start; no segment is left.
 async fn refused(command: Command, name: &str, says: &str) -> Outcome {
     let outcome = finish(command, b"").await;
@@ -33,20 +36,30 @@ fn a_flag_that_means_nothing_is_refused() {
         let echo = "echo=echo";
         for (args, says) in [
             (&["--pool", echo, "--capacitty", "1"][..], "--capacity"),
-            (&["--pool", echo, "--capacity", "many"], "invalid value 'many' for '--capacity"),
-            (&["--pool", echo, "--capacity", "0"], "capacity is 0: choose from 1 to"),
+            (&["--pool", echo, "--capacity", "many"], "`many` is not a whole number from 1 to 1048576"),
+            (&["--pool", echo, "--capacity", "0"], "`0` is not a whole number from 1 to 1048576"),
+            (&["--pool", echo, "--capacity", "-1"], "`-1` is not a whole number from 1 to 1048576"),
+            (&["--pool", echo, "--capacity", "4294967296"], "`4294967296` is not a whole number from 1 to 1048576"),
+            (&["--pool", echo, "--workers", "x"], "`x` is not a whole number from 1 to 1024"),
+            (&["--pool", echo, "--max-attempts", "256"], "`256` is not a whole number from 1 to 255"),
+            (&["--pool", echo, "--outbox", "1.5"], "`1.5` is not a whole number from 1 to 1048576"),
+            (&["--pool", echo, "--max-connections", "0"], "`0` is not a whole number from 1 to 4294967295"),
             (&["--pool", echo, "--arena", "1x"], "`1x` is not a size"),
             (&["--pool", echo, "--arena", "256KiB"], "raise arena to 576KiB or lower max_message to"),
-            (&["--pool", echo, "--listen", "localhost"], "give IP:PORT"),
+            (&["--pool", echo, "--listen", "localhost"], "give HOST:PORT"),
+            (&["--pool", echo, "--listen", "localhost:99999"], "give HOST:PORT"),
+            (&["--pool", echo, "--listen", &format!("{NO_HOST}:1")], &format!("the host `{NO_HOST}` has no address")),
             (&["--pool", echo, "--spin", "on"], "give auto, off, or a duration"),
             (&["--pool", echo, "--grace", "soon"], "`soon` is not a duration"),
-            (&["--pool", echo, "--workers", "0"], "workers is 0"),
+            (&["--pool", echo, "--workers", "0"], "`0` is not a whole number from 1 to 1024"),
             (&["--pool", echo, "--name", "a/b"], "`a/b` is not a server name"),
             (&["--pool", echo, "extra"], "`extra` is no handler in Python"),
             (&["--pool", "echo"], "give NAME[:WORKERS]=HANDLER"),
             (&["--pool", "echo:many=echo"], "give NAME[:WORKERS]=HANDLER"),
-            (&["--pool", "echo:0=echo"], "`0` is not a pool's number of workers: choose from 1 to 256"),
-            (&["--pool", "echo:99999=echo"], "`99999` is not a pool's number of workers: choose from 1 to 256"),
+            (&["--pool", "echo:0=echo"], "`0` is not a pool's number of workers: choose from 1 to 1024"),
+            (&["--pool", "echo:99999=echo"], "`99999` is not a pool's number of workers: choose from 1 to 1024"),
+            (&["--pool", "a:1025=echo"], "`1025` is not a pool's number of workers: choose from 1 to 1024"),
+            (&["--pool", "a:600=echo", "--pool", "b:600=echo"], "have 1200 workers together: choose from 1 to 1024"),
             (&["dir/app.py"], "`dir/app.py` names no function: write dir/app.py:FUNCTION"),
             (&["--pool", "a=app.py"], "`app.py` names no function: write app.py:FUNCTION"),
             (&["--pool", "a=exec:nosuchprogram -x"], "there is no program `nosuchprogram` that can be run"),
@@ -77,7 +90,15 @@ fn a_variable_that_means_nothing_is_refused_by_its_name() {
     run(async {
         for (variable, value, says) in [
             ("FORKRING_CAPACITY", "many", "(from FORKRING_CAPACITY)"),
+            ("FORKRING_CAPACITY", "0", "`0` is not a whole number from 1 to 1048576 (from FORKRING_CAPACITY)"),
             ("FORKRING_ARENA", "1x", "(from FORKRING_ARENA)"),
+            ("FORKRING_LISTEN", &format!("{NO_HOST}:1"), "has no address that this machine knows"),
+            (
+                "FORKRING_CAPACTY",
+                "1",
+                "FORKRING_CAPACTY is not a variable of forkring: did you mean FORKRING_CAPACITY?",
+            ),
+            ("FORKRING_XYZZY", "1", "FORKRING_XYZZY is not a variable of forkring: `forkring help serve` lists them"),
             ("FORKRING_POOLS", "what", "FORKRING_POOLS: `what` is not a pool"),
             ("FORKRING_LOG", "info=what=", "FORKRING_LOG: "),
             ("FORKRING_LOG", "verbose", "FORKRING_LOG: `verbose` is no level: give error, warn, info"),
@@ -112,7 +133,8 @@ fn a_file_that_means_nothing_is_refused_with_the_place() {
     run(async {
         let files = Files::new();
         for (text, says) in [
-            ("capacity = 100\n  capactiy = 1", "settings.toml:2:3: unknown field `capactiy`"),
+            ("capacity = 100\n  capactiy = 1", "settings.toml:2:3: unknown key `capactiy`: did you mean `capacity`?"),
+            ("capacity = 'x'", "settings.toml:1:12: capacity: `x` is not a whole number from 1 to 1048576"),
             ("arena = '1x'", "settings.toml:1:9: arena: `1x` is not a size"),
             ("[[pool]]\nname = 'a'", "settings.toml:1:1: missing field `handler`"),
             ("[[pool]]\nname = 'a'\nhandler = 'echoo'", "unknown handler `echoo`"),
@@ -149,6 +171,53 @@ fn a_file_and_the_environment_serve_as_well_as_flags() {
             let line: serde_json::Value = serde_json::from_str(line).expect("a line of JSON");
             assert!(line["level"].is_string() && line["message"].is_string(), "{line}");
         }
+    });
+}
+
+#[test]
+fn a_host_name_is_resolved_wherever_it_stands() {
+    run(async {
+        let files = Files::new();
+        let pool = "[[pool]]\nname = 'echo'\nhandler = 'echo'\n";
+        fs::write(files.path("settings.toml"), format!("listen = 'localhost:0'\n{pool}")).expect("a file");
+        let (flag, file) = (["--listen", "localhost:0"], ["--config", &files.name("settings.toml")]);
+        for (args, variable) in [(&flag[..], None), (&[], Some("localhost:0")), (&file[..], None)] {
+            let name = unique_name();
+            let mut command = serve_command(&name, args);
+            command.env_remove("FORKRING_LISTEN").env("FORKRING_POOLS", "echo=echo");
+            command.envs(variable.map(|value| ("FORKRING_LISTEN", value)));
+            let server = Server::start(name, command, Files::new()).await;
+            assert!(server.addr.starts_with("127.0.0.1:"), "{}", server.addr);
+            assert_serves(&server.client().await, "echo").await;
+            let line = server.logged("resolved the host").await;
+            assert!(line.contains("host=localhost") && line.contains("address=127.0.0.1:0"), "{line}");
+            server.drain().await;
+        }
+    });
+}
+
+#[test]
+fn variables_that_others_set_are_no_mistakes() {
+    run(async {
+        let name = unique_name();
+        let mut command = serve_command(&name, &["--pool", "echo=echo"]);
+        // Variables of other commands, of the tests and of Kubernetes, which describes a service named `forkring` so.
+        for variable in [
+            "FORKRING_ADDR",
+            "FORKRING_BIN",
+            "FORKRING_LOG_FORMAT",
+            "FORKRING_SERVICE_HOST",
+            "FORKRING_SERVICE_PORT_GRPC",
+            "FORKRING_PORT",
+            "FORKRING_PORT_50051_TCP_ADDR",
+            "FORKRING_TEST_SEED",
+        ] {
+            command.env(variable, "text");
+        }
+        command.env("FORKRING_PORT", "tcp://10.0.0.1:50051");
+        let server = Server::start(name, command, Files::new()).await;
+        assert_serves(&server.client().await, "echo").await;
+        server.drain().await;
     });
 }
 

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     client::Client,
+    config::whole_number,
     proto::v1::{Attempt, DeadLetter, Status, attempt::End},
 };
 
@@ -64,6 +65,7 @@ Examples:
   forkring dead show 7 --payload - | xxd | head")]
 struct ShowArgs {
     /// The letter's number
+    #[arg(value_parser = whole_number(0..=u64::MAX))]
     number: u64,
 
     /// Write the payload there and nothing else; `-` is stdout
@@ -112,7 +114,7 @@ struct DropArgs {
 #[group(required = true, multiple = false)]
 struct Numbers {
     /// The letters' numbers
-    #[arg(value_name = "NUMBER")]
+    #[arg(value_name = "NUMBER", value_parser = whole_number(0..=u64::MAX))]
     numbers: Vec<u64>,
 
     /// All that are there now

@@ -25,7 +25,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::sync::mpsc;
 
 use super::{BadUsage, block_on, interrupt::on_interrupt, print, print_json, say};
-use crate::config::{ByteSize, Config};
+use crate::config::{ByteSize, Config, WORKERS, whole_number};
 use files::Files;
 use report::Report;
 use stream::{Outgoing, Pending};
@@ -53,11 +53,11 @@ pub struct DemoArgs {
     dir: Option<PathBuf>,
 
     /// Worker processes [default: one per core]
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", value_parser = whole_number(WORKERS))]
     workers: Option<u16>,
 
     /// Files that may be on their way at a time
-    #[arg(long, value_name = "N", default_value_t = 256, value_parser = clap::value_parser!(u32).range(1..))]
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = whole_number(1..=u32::MAX))]
     in_flight: u32,
 
     /// Leave larger files out; the server's memory goes with it [default: 64MiB, or what fits]

@@ -9,7 +9,12 @@ use std::{
 
 use anyhow::{Context as _, bail};
 
-use crate::{client::MAX_MESSAGE, config::parse_duration, proto::v1::WorkItem};
+use crate::{
+    client::MAX_MESSAGE,
+    config::{parse_duration, whole_number},
+    proto::v1::WorkItem,
+    segment::PRIORITIES,
+};
 
 /// What the items of a command have in common.
 #[derive(Debug, clap::Args)]
@@ -30,7 +35,7 @@ pub struct ItemArgs {
     metadata: Vec<(String, String)>,
 
     /// 0 to 3: a higher one is taken first
-    #[arg(long, default_value_t = 0, value_parser = clap::value_parser!(u32).range(0..=3))]
+    #[arg(long, default_value_t = 0, value_parser = whole_number(0..=PRIORITIES - 1))]
     priority: u32,
 }
 

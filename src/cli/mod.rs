@@ -15,6 +15,7 @@ mod serve;
 mod show;
 mod submit;
 mod updates;
+mod variables;
 
 use std::{
     env,
@@ -78,6 +79,11 @@ pub fn run(arguments: Vec<OsString>, python: Option<PathBuf>) -> u8 {
         Ok(cli) => cli,
         Err(error) => return refuse(&error, &arguments),
     };
+    let mistaken = variables::unknown(&Cli::command(), env::vars_os());
+    if let Some(mistaken) = mistaken {
+        say(mistaken);
+        return 2;
+    }
     let outcome = match cli.command {
         Command::Serve(args) => serve::run(*args, python),
         Command::Call(args) => call::run(args),
@@ -105,16 +111,19 @@ pub(crate) fn check(arguments: &[OsString]) -> Result<(), String> {
 }
 
 fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
-    Cli::from_arg_matches(&without_empty_variables(Cli::command()).try_get_matches_from(arguments)?)
+    Cli::from_arg_matches(&prepared(Cli::command()).try_get_matches_from(arguments)?)
 }
 
-/// A variable that is set to nothing is as good as one that is not set.
-fn without_empty_variables(command: clap::Command) -> clap::Command {
-    let unset = |arg: clap::Arg| {
+/// A variable that is set to nothing is as good as one that is not set. A negative number is a value, which its option's
+/// parser refuses, and not an unknown option.
+fn prepared(command: clap::Command) -> clap::Command {
+    let prepare = |arg: clap::Arg| {
         let value = arg.get_env().and_then(env::var_os);
-        if value.is_some_and(|value| value.is_empty()) { arg.env(None::<&str>) } else { arg }
+        let arg = if value.is_some_and(|value| value.is_empty()) { arg.env(None::<&str>) } else { arg };
+        let takes_value = arg.get_action().takes_values();
+        if takes_value { arg.allow_negative_numbers(true) } else { arg }
     };
-    command.mut_args(unset).mut_subcommands(without_empty_variables)
+    command.mut_args(prepare).mut_subcommands(prepared)
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
@@ -207,13 +216,17 @@ fn usage_line(error: &clap::Error, arguments: &[OsString]) -> String {
         .collect::<Vec<_>>()
         .join(" ");
     let cli = Cli::command();
-    let command = arguments.get(1).and_then(|name| cli.find_subcommand(name));
+    // The command that was named, and a command of that one.
+    let mut commands = vec![&cli];
+    for argument in arguments.iter().skip(1) {
+        commands.extend(commands[commands.len() - 1].find_subcommand(argument));
+    }
     let origin = match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(arg)) => command.and_then(|command| environment_of(command, arg, arguments)),
+        Some(ContextValue::String(arg)) => commands.iter().find_map(|command| environment_of(command, arg, arguments)),
         _ => None,
     };
     let origin = origin.map(|variable| format!(" (from {variable})")).unwrap_or_default();
-    let name = command.map(|command| format!("{} ", command.get_name())).unwrap_or_default();
+    let name: String = commands.iter().skip(1).map(|command| format!("{} ", command.get_name())).collect();
     format!("{}{origin}; see `forkring {name}--help`", what.trim_start_matches("error: "))
 }
 
@@ -256,7 +269,7 @@ mod tests {
     fn bad_usage_is_one_line() {
         assert_eq!(
             line(&["serve", "--capacity", "x"]),
-            "invalid value 'x' for '--capacity <ITEMS>': invalid digit found in string; see `forkring serve --help`"
+            "invalid value 'x' for '--capacity <ITEMS>': `x` is not a whole number from 1 to 1048576; see `forkring serve --help`"
         );
         assert_eq!(
             line(&["serve", "--capacitty", "1"]),
@@ -264,6 +277,9 @@ mod tests {
         );
         assert!(line(&["call"]).starts_with("the following required arguments were not provided: <POOL>"));
         assert!(line(&["nonsense"]).ends_with("see `forkring --help`"));
+        assert!(line(&["dead"]).ends_with("see `forkring dead --help`"));
+        assert!(line(&["dead", "requeue"]).ends_with("see `forkring dead requeue --help`"));
+        assert!(line(&["dead", "--addr", "x:1", "drop", "x"]).ends_with("see `forkring dead drop --help`"));
     }
 
     #[test]

@@ -5,7 +5,6 @@
 use std::{
     env,
     io::{self, IsTerminal as _, Write as _},
-    net::SocketAddr,
     path::PathBuf,
     time::Duration,
 };
@@ -20,15 +19,16 @@ use super::{
 };
 use crate::{
     config::{
-        Affinity, ByteSize, Config, InvalidValue, LogFormat, PoolSpec, Spin, Variable, parse_duration, parse_listen,
+        ATTEMPTS, Affinity, ByteSize, CAPACITY, CONNECTIONS, Config, InvalidValue, Listen, LogFormat, PoolSpec, RESETS,
+        Spin, Variable, WORKERS, parse_duration, whole_number,
     },
     server::Server,
 };
 
 /// One pool a line; a value that clap splits could not hold a verbatim handler.
-const POOLS: &str = "FORKRING_POOLS";
+pub(super) const POOLS: &str = "FORKRING_POOLS";
 /// Which log lines are written, as in `info` or `forkring=debug`.
-const FILTER: &str = "FORKRING_LOG";
+pub(super) const FILTER: &str = "FORKRING_LOG";
 
 /// Serve gRPC; hand each item to a worker process
 #[derive(Debug, Default, clap::Args)]
@@ -68,8 +68,8 @@ pub struct ServeArgs {
     app: Option<String>,
 
     /// Where to serve gRPC; port 0 takes a free one [default: 127.0.0.1:50051]
-    #[arg(long, env = "FORKRING_LISTEN", value_name = "IP:PORT", value_parser = parse_listen)]
-    listen: Option<SocketAddr>,
+    #[arg(long, env = "FORKRING_LISTEN", value_name = "HOST:PORT")]
+    listen: Option<Listen>,
 
     /// Name of the server and its segment, /dev/shm/forkring-NAME [default: forkring]
     #[arg(long, env = "FORKRING_NAME")]
@@ -85,11 +85,11 @@ pub struct ServeArgs {
     pool: Vec<PoolSpec>,
 
     /// Workers of a pool that names no count [default: one per core]
-    #[arg(long, env = "FORKRING_WORKERS", value_name = "N")]
+    #[arg(long, env = "FORKRING_WORKERS", value_name = "N", value_parser = whole_number(WORKERS))]
     workers: Option<u16>,
 
     /// How many items may be in the server at a time [default: 16384]
-    #[arg(long, env = "FORKRING_CAPACITY", value_name = "ITEMS")]
+    #[arg(long, env = "FORKRING_CAPACITY", value_name = "ITEMS", value_parser = whole_number(CAPACITY))]
     capacity: Option<u32>,
 
     /// Payload memory for requests, and of each worker for results [default: a quarter of /dev/shm for all, but 5 to 80MiB each]
@@ -113,7 +113,7 @@ pub struct ServeArgs {
     grace: Option<Duration>,
 
     /// How often an item is given to a worker, should workers die of it [default: 3]
-    #[arg(long, env = "FORKRING_MAX_ATTEMPTS", value_name = "N")]
+    #[arg(long, env = "FORKRING_MAX_ATTEMPTS", value_name = "N", value_parser = whole_number(ATTEMPTS))]
     max_attempts: Option<u8>,
 
     /// Memory for items that killed that many workers, see `forkring dead`; 0 keeps none [default: 8MiB]
@@ -148,16 +148,16 @@ pub struct ServeArgs {
     reload: Option<bool>,
 
     /// Submitted items that may be pending or wait for subscribers [default: half the capacity]
-    #[arg(long, env = "FORKRING_OUTBOX", value_name = "ITEMS")]
+    #[arg(long, env = "FORKRING_OUTBOX", value_name = "ITEMS", value_parser = whole_number(CAPACITY))]
     outbox: Option<u32>,
 
     /// How many clients may be connected at a time [default: 4096]
-    #[arg(long, env = "FORKRING_MAX_CONNECTIONS", value_name = "N")]
+    #[arg(long, env = "FORKRING_MAX_CONNECTIONS", value_name = "N", value_parser = whole_number(CONNECTIONS))]
     max_connections: Option<u32>,
 
     /// How many streams a second one connection may reset before the server could begin with them; a client that resets more for
     /// ten seconds, or ten times as many at once, is disconnected [default: 10000]
-    #[arg(long, env = "FORKRING_MAX_RESETS", value_name = "N")]
+    #[arg(long, env = "FORKRING_MAX_RESETS", value_name = "N", value_parser = whole_number(RESETS))]
     max_resets: Option<u32>,
 
     /// How long a client may take for the next 64 KiB of a message that it has begun, or for its end [default: 10s]
@@ -173,7 +173,7 @@ pub struct ServeArgs {
     log: Option<LogFormat>,
 
     /// Drain when this process, our parent, ends
-    #[arg(long, hide = true, value_name = "PID")]
+    #[arg(long, hide = true, value_name = "PID", value_parser = whole_number(1..=i32::MAX))]
     parent: Option<i32>,
 }
 
@@ -362,7 +362,7 @@ mod tests {
         };
         let args = ServeArgs {
             app: Some("app:handle".into()),
-            listen: Some(wanted.listen),
+            listen: Some(wanted.listen.clone()),
             name: Some(wanted.name.clone()),
             fresh: Some(true),
             pool: vec![pool("a=echo")],

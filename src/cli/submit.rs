@@ -16,6 +16,7 @@ use super::{
 };
 use crate::{
     client::Client,
+    config::whole_number,
     proto::v1::{Rejection, Status, SubmitReceipt, WorkItem},
 };
 
@@ -51,7 +52,7 @@ pub struct SubmitArgs {
     lines: bool,
 
     /// The id of the first item
-    #[arg(long, value_name = "ID", default_value_t = 1)]
+    #[arg(long, value_name = "ID", default_value_t = 1, value_parser = whole_number(0..=u64::MAX))]
     first_id: u64,
 
     /// Print the receipt as one JSON object

@@ -12,6 +12,7 @@ use super::{
 };
 use crate::{
     client::Client,
+    config::whole_number,
     proto::v1::{Status, WorkResult},
 };
 
@@ -33,7 +34,7 @@ pub struct UpdatesArgs {
     subscription: String,
 
     /// End after so many results; 0: when the server drains
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, value_name = "N", default_value_t = 0, value_parser = whole_number(0..=u64::MAX))]
     limit: u64,
 
     /// Print one JSON object a line

@@ -2,12 +2,11 @@
 
 use std::{collections::BTreeMap, fmt, str::FromStr, time::Duration};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer, de};
 
 #[cfg(doc)]
 use super::Config;
-use super::{Affinity, ByteSize, ConfigError, InvalidValue, is_name, units};
-use crate::segment::MAX_WORKERS;
+use super::{Affinity, ByteSize, ConfigError, InvalidValue, WORKERS, is_name, units};
 
 /// A pool with a built-in or a Python handler, written `NAME[:WORKERS]=HANDLER`. The handler is verbatim what follows the `=`.
 ///
@@ -18,14 +17,16 @@ use crate::segment::MAX_WORKERS;
 /// # Ok::<(), forkring::config::InvalidValue>(())
 /// ```
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
-#[serde(deny_unknown_fields)]
+#[serde(deny_unknown_fields, expecting = "each pool is a table of its own that begins with [[pool]]")]
 pub struct PoolSpec {
     /// What clients call it: up to 64 of `A-Z a-z 0-9 . _ -`.
+    #[serde(deserialize_with = "units::text")]
     pub name: String,
     /// How many workers it has; `None`: [`Config::workers`].
-    #[serde(default)]
+    #[serde(default, deserialize_with = "some_workers")]
     pub workers: Option<u16>,
     /// What its workers run: `echo`, `echo:SIZE`, `sha256`, `sleep:DURATION`, `exec:COMMAND…`, or `MODULE:FUNCTION` in Python.
+    #[serde(deserialize_with = "units::text")]
     pub handler: String,
     /// How long its workers may take for an item, 0 for as long as they like; `None`: [`Config::item_timeout`].
     #[serde(default, deserialize_with = "units::some_duration")]
@@ -34,13 +35,13 @@ pub struct PoolSpec {
     #[serde(default)]
     pub worker_memory: Option<ByteSize>,
     /// Environment variables of its workers, over those in [`Config::worker_env`].
-    #[serde(default)]
+    #[serde(default, deserialize_with = "units::variables")]
     pub worker_env: BTreeMap<String, String>,
     /// Which CPU each of its workers keeps to; `None`: [`Config::affinity`].
     #[serde(default)]
     pub affinity: Option<Affinity>,
     /// Whether one process imports its handler in Python and forks its workers; `None`: [`Config::preload`].
-    #[serde(default)]
+    #[serde(default, deserialize_with = "units::some_flag")]
     pub preload: Option<bool>,
 }
 
@@ -53,12 +54,35 @@ impl PoolSpec {
             return Err(ConfigError::NoHandler(self.name.clone()));
         }
         match self.workers {
-            Some(workers) if !(1..=MAX_WORKERS).contains(&workers.into()) => {
+            Some(workers) if !WORKERS.contains(&workers) => {
                 Err(ConfigError::PoolWorkers { pool: self.name.clone(), workers })
             }
             _ => Ok(()),
         }
     }
+}
+
+fn some_workers<'de, D: Deserializer<'de>>(source: D) -> Result<Option<u16>, D::Error> {
+    units::from_text(source, units::whole_number(WORKERS)).map(Some)
+}
+
+/// Reads the pools of a file, for `#[serde(deserialize_with)]`.
+pub(super) fn list<'de, D: Deserializer<'de>>(source: D) -> Result<Vec<PoolSpec>, D::Error> {
+    struct Pools;
+
+    impl<'de> de::Visitor<'de> for Pools {
+        type Value = Vec<PoolSpec>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("each pool is a table of its own that begins with [[pool]]")
+        }
+
+        fn visit_seq<A: de::SeqAccess<'de>>(self, mut pools: A) -> Result<Self::Value, A::Error> {
+            std::iter::from_fn(|| pools.next_element().transpose()).collect()
+        }
+    }
+
+    source.deserialize_any(Pools)
 }
 
 impl FromStr for PoolSpec {
@@ -67,14 +91,14 @@ impl FromStr for PoolSpec {
     fn from_str(text: &str) -> Result<Self, InvalidValue> {
         let error = || units::invalid(text, "a pool: give NAME[:WORKERS]=HANDLER, such as hash:4=sha256");
         let workers = |count: &str| match count.parse() {
-            Ok(workers @ 1..) if u32::from(workers) <= MAX_WORKERS => Ok(workers),
+            Ok(workers) if WORKERS.contains(&workers) => Ok(workers),
             _ if count.is_empty() || !count.bytes().all(|b| b.is_ascii_digit()) => Err(error()),
             _ => Err(units::invalid(
                 count,
                 "a pool's number of workers: choose from 1 to 1024, the most that all pools may have together",
             )),
         };
-        const { assert!(MAX_WORKERS == 1024, "the line above says so") };
+        const { assert!(*WORKERS.end() == 1024, "the line above says so") };
         let (head, handler) = text.split_once('=').ok_or_else(error)?;
         let (name, workers) = match head.split_once(':') {
             Some((name, count)) => (name, Some(workers(count)?)),

@@ -3,7 +3,15 @@
 //! One parser each, used by clap and by serde alike, so that a value means the same wherever it stands, and so that a
 //! bad one is answered by the same line.
 
-use std::{fmt, net::SocketAddr, str::FromStr, time::Duration};
+use std::{
+    borrow::Cow,
+    collections::BTreeMap,
+    fmt::{self, Display},
+    marker::PhantomData,
+    ops::RangeInclusive,
+    str::FromStr,
+    time::Duration,
+};
 
 use serde::{Deserialize, Deserializer, de};
 
@@ -12,12 +20,28 @@ use serde::{Deserialize, Deserializer, de};
 #[error("`{}` is not {wanted}", given.escape_debug())]
 pub struct InvalidValue {
     given: String,
-    wanted: &'static str,
+    wanted: Cow<'static, str>,
 }
 
 /// Makes an [`InvalidValue`] of what was given.
 pub(super) fn invalid(given: &str, wanted: &'static str) -> InvalidValue {
-    InvalidValue { given: given.to_owned(), wanted }
+    InvalidValue { given: given.to_owned(), wanted: wanted.into() }
+}
+
+/// Returns a parser of whole numbers in this range, whose errors name the range.
+pub fn whole_number<T>(range: RangeInclusive<T>) -> impl Fn(&str) -> Result<T, InvalidValue> + Clone
+where
+    T: FromStr + PartialOrd + Display + Clone,
+{
+    move |text| {
+        let digits = text.trim();
+        // Without a sign, which the standard library's parsers accept.
+        let number = digits.parse().ok().filter(|_| digits.bytes().all(|b| b.is_ascii_digit()));
+        number.filter(|number| range.contains(number)).ok_or_else(|| {
+            let wanted = format!("a whole number from {} to {}", range.start(), range.end());
+            InvalidValue { given: text.to_owned(), wanted: wanted.into() }
+        })
+    }
 }
 
 /// A number of bytes: `4096`, `64k`, `64KiB`, `80MiB`, `1g`. Units are powers of 1024 and their case does not matter.
@@ -113,11 +137,6 @@ pub fn format_duration(duration: Duration) -> String {
     }
 }
 
-/// Reads `IP:PORT`.
-pub fn parse_listen(text: &str) -> Result<SocketAddr, InvalidValue> {
-    text.parse().map_err(|_| invalid(text, "an address to listen on: give IP:PORT, such as 127.0.0.1:50051"))
-}
-
 /// The number and what follows it, with no space around either.
 fn split_unit(text: &str) -> (&str, &str) {
     let text = text.trim();
@@ -195,18 +214,19 @@ impl fmt::Display for LogFormat {
     }
 }
 
-/// Reads a string with `parse`. A bare number is read as if it were in quotes: `arena = 4096` is as good as `"4096"`.
-pub(super) fn from_text<'de, D, T>(source: D, parse: fn(&str) -> Result<T, InvalidValue>) -> Result<T, D::Error>
+/// Reads a value with `parse`. A bare number is read as if it were in quotes: `arena = 4096` is as good as `"4096"`. So are
+/// `true` and `false`, so that `parse` answers whatever is given.
+pub(super) fn from_text<'de, D, T>(source: D, parse: impl Fn(&str) -> Result<T, InvalidValue>) -> Result<T, D::Error>
 where
     D: Deserializer<'de>,
 {
-    struct Text<T>(fn(&str) -> Result<T, InvalidValue>);
+    struct Text<T, F>(F, PhantomData<T>);
 
-    impl<T> de::Visitor<'_> for Text<T> {
+    impl<'de, T, F: Fn(&str) -> Result<T, InvalidValue>> de::Visitor<'de> for Text<T, F> {
         type Value = T;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("a string")
+            f.write_str("one value")
         }
 
         fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
@@ -220,9 +240,44 @@ where
         fn visit_u64<E: de::Error>(self, number: u64) -> Result<T, E> {
             self.visit_str(&number.to_string())
         }
+
+        fn visit_f64<E: de::Error>(self, number: f64) -> Result<T, E> {
+            self.visit_str(&number.to_string())
+        }
+
+        fn visit_bool<E: de::Error>(self, value: bool) -> Result<T, E> {
+            self.visit_str(if value { "true" } else { "false" })
+        }
+
+        fn visit_seq<A: de::SeqAccess<'de>>(self, _: A) -> Result<T, A::Error> {
+            Err(de::Error::custom("a list stands where one value belongs"))
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, _: A) -> Result<T, A::Error> {
+            Err(de::Error::custom("a table stands where one value belongs"))
+        }
     }
 
-    source.deserialize_any(Text(parse))
+    source.deserialize_any(Text(parse, PhantomData))
+}
+
+/// For `#[serde(deserialize_with)]`.
+pub(super) fn text<'de, D: Deserializer<'de>>(source: D) -> Result<String, D::Error> {
+    from_text(source, |text| Ok(text.to_owned()))
+}
+
+/// For `#[serde(deserialize_with)]`.
+pub(super) fn flag<'de, D: Deserializer<'de>>(source: D) -> Result<bool, D::Error> {
+    from_text(source, |text| match text {
+        "true" => Ok(true),
+        "false" => Ok(false),
+        _ => Err(invalid(text, "true or false")),
+    })
+}
+
+/// For `#[serde(deserialize_with)]`.
+pub(super) fn some_flag<'de, D: Deserializer<'de>>(source: D) -> Result<Option<bool>, D::Error> {
+    flag(source).map(Some)
 }
 
 /// For `#[serde(deserialize_with)]`.
@@ -236,8 +291,39 @@ pub(super) fn some_duration<'de, D: Deserializer<'de>>(source: D) -> Result<Opti
 }
 
 /// For `#[serde(deserialize_with)]`.
-pub(super) fn listen<'de, D: Deserializer<'de>>(source: D) -> Result<SocketAddr, D::Error> {
-    from_text(source, parse_listen)
+pub(super) fn some_size<'de, D: Deserializer<'de>>(source: D) -> Result<Option<ByteSize>, D::Error> {
+    ByteSize::deserialize(source).map(Some)
+}
+
+/// Names with their values. For `#[serde(deserialize_with)]`.
+pub(super) fn variables<'de, D: Deserializer<'de>>(source: D) -> Result<BTreeMap<String, String>, D::Error> {
+    struct Value(String);
+
+    impl<'de> Deserialize<'de> for Value {
+        fn deserialize<D: Deserializer<'de>>(source: D) -> Result<Self, D::Error> {
+            text(source).map(Value)
+        }
+    }
+
+    struct Variables;
+
+    impl<'de> de::Visitor<'de> for Variables {
+        type Value = BTreeMap<String, String>;
+
+        fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+            f.write_str("give a table of names and values, such as { DEVICE = \"{worker}\" }")
+        }
+
+        fn visit_map<A: de::MapAccess<'de>>(self, mut entries: A) -> Result<Self::Value, A::Error> {
+            let mut variables = BTreeMap::new();
+            while let Some((name, Value(value))) = entries.next_entry()? {
+                variables.insert(name, value);
+            }
+            Ok(variables)
+        }
+    }
+
+    source.deserialize_any(Variables)
 }
 
 impl<'de> Deserialize<'de> for ByteSize {
@@ -262,7 +348,21 @@ impl<'de> Deserialize<'de> for LogFormat {
 mod tests {
     use proptest::prelude::*;
 
-    use super::*;
+    use super::{super::Listen, *};
+
+    #[test]
+    fn numbers_are_whole_and_in_their_range() {
+        let parse = whole_number(1..=1000_u16);
+        for (text, number) in [("1", 1), ("1000", 1000), (" 7 ", 7), ("007", 7)] {
+            assert_eq!(parse(text), Ok(number), "{text}");
+        }
+        for text in ["", "0", "1001", "65536", "99999999999999999999", "-1", "+1", "1.0", "1e2", "0x1", "1k", "x", "١"]
+        {
+            let wanted = format!("`{text}` is not a whole number from 1 to 1000");
+            assert_eq!(parse(text).map_err(|error| error.to_string()), Err(wanted));
+        }
+        assert_eq!(whole_number(0..=u64::MAX)("18446744073709551615"), Ok(u64::MAX));
+    }
 
     #[test]
     fn sizes_are_read_in_powers_of_1024() {
@@ -337,7 +437,8 @@ mod tests {
 
         #[test]
         fn no_text_breaks_the_parsers(text in "\\PC{0,12}") {
-            let _ = (text.parse::<ByteSize>(), parse_duration(&text), text.parse::<Spin>(), parse_listen(&text));
+            let _ = (text.parse::<ByteSize>(), parse_duration(&text), text.parse::<Spin>());
+            let _ = (text.parse::<Listen>(), whole_number(0..=u8::MAX)(&text));
         }
     }
 }

@@ -36,7 +36,7 @@ mod example {
 
     /// Settings by which its server is in nobody's way.
     pub fn settings(config: &mut Config) {
-        config.listen = here();
+        config.listen = here().into();
         config.name = format!("example-{}", std::process::id());
         (config.arena, config.max_message) = (Some(ByteSize::mib(1)), Some(ByteSize::new(512 << 10)));
     }

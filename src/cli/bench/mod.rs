@@ -29,7 +29,7 @@ use pace::{Pace, Pacer};
 use tally::{CpuClock, Report, Tally};
 
 use super::{Addr, BadUsage, interrupt::on_interrupt, print, print_json};
-use crate::config::{ByteSize, parse_duration};
+use crate::config::{ByteSize, parse_duration, whole_number};
 
 /// How long a run takes when neither `--duration` nor `--count` says.
 const DEFAULT_DURATION: Duration = Duration::from_secs(10);
@@ -80,11 +80,11 @@ pub struct BenchArgs {
     mode: Mode,
 
     /// How many connections to open
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=10_000))]
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = whole_number(1..=10_000_u32))]
     connections: u32,
 
     /// Items outstanding on each connection at most [default: 1; with --rate 1024]
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=1_000_000))]
+    #[arg(long, value_name = "N", value_parser = whole_number(1..=1_000_000_u32))]
     in_flight: Option<u32>,
 
     /// Bytes in each item, such as 64, 4k or 1m
@@ -104,7 +104,7 @@ pub struct BenchArgs {
     warmup: Duration,
 
     /// End after so many measured items
-    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
+    #[arg(long, value_name = "N", value_parser = whole_number(1..=u64::MAX))]
     count: Option<u64>,
 
     /// How long to wait for the answers that are still out at the end

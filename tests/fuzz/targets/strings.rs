@@ -9,7 +9,7 @@ use std::{
 
 use forkring::{
     builtin::Builtin,
-    config::{Affinity, ByteSize, LogFormat, PoolSpec, Spin, Variable, format_duration, parse_duration, parse_listen},
+    config::{Affinity, ByteSize, Listen, LogFormat, PoolSpec, Spin, Variable, format_duration, parse_duration},
     fuzzing,
 };
 
@@ -24,8 +24,8 @@ libfuzzer_sys::fuzz_target!(|text: &str| {
     if let Ok(duration) = parse_duration(text) {
         assert_eq!(parse_duration(&format_duration(duration)), Ok(duration));
     }
-    if let Ok(address) = parse_listen(text) {
-        assert_eq!(parse_listen(&address.to_string()), Ok(address));
+    if let Ok(address) = text.parse::<Listen>() {
+        assert_eq!(address.to_string().parse(), Ok(address));
     }
     if let Err(message) = fuzzing::command_line(text.split('\0')) {
         assert!(!message.is_empty() && !message.contains('\n'), "{message:?}");

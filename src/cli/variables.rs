@@ -1,0 +1,112 @@
+//! Variables `FORKRING_…` of the environment that nothing reads: most likely a name with a mistake in it.
+
+use std::{collections::BTreeSet, ffi::OsString};
+
+use crate::{config::closest, contract};
+
+use super::serve::{FILTER, POOLS};
+
+/// What the names of all our variables begin with.
+const PREFIX: &str = "FORKRING_";
+/// Variables that no option has: those of the server itself, of worker programs, and of tests.
+const OTHERS: [&str; 10] = [
+    POOLS,
+    FILTER,
+    contract::VARIABLE,
+    contract::nursery::VARIABLE,
+    "FORKRING_BIN",
+    "FORKRING_CRASH",
+    "FORKRING_STOP",
+    "FORKRING_CRASHED",
+    "FORKRING_PASSES",
+    "FORKRING_SINCE",
+];
+/// What the names of variables begin with that steer the tests.
+const TESTS: &str = "FORKRING_TEST_";
+
+/// Says which of these variables nothing reads, if there is one, and what was probably meant.
+pub fn unknown(command: &clap::Command, variables: impl Iterator<Item = (OsString, OsString)>) -> Option<String> {
+    let mut known = BTreeSet::from(OTHERS.map(str::to_owned));
+    collect(command, &mut known);
+    let ours = variables.map(|(name, value)| (name.to_string_lossy().into_owned(), value));
+    let ours = ours.filter(|(name, _)| name.starts_with(PREFIX) && !name.starts_with(TESTS) && !known.contains(name));
+    // The first by name, so that the same environment is always answered by the same line.
+    let (name, _) = ours.filter(|(name, value)| !is_of_a_service(name, &value.to_string_lossy())).min()?;
+    let suffixes = known.iter().filter_map(|name| name.strip_prefix(PREFIX));
+    let hint = match closest(&name[PREFIX.len()..], suffixes) {
+        Some(meant) => format!("did you mean {PREFIX}{meant}?"),
+        None => "`forkring help serve` lists them".to_owned(),
+    };
+    Some(format!("{name} is not a variable of forkring: {hint}"))
+}
+
+/// Collects the variables of a command's options and of those of its commands.
+fn collect(command: &clap::Command, names: &mut BTreeSet<String>) {
+    names.extend(command.get_arguments().filter_map(|arg| Some(arg.get_env()?.to_string_lossy().into_owned())));
+    command.get_subcommands().for_each(|command| collect(command, names));
+}
+
+/// Whether Kubernetes sets this variable in every pod because there is a service whose name begins with `forkring`:
+/// `FORKRING_SERVICE_HOST`, `FORKRING_SERVICE_PORT_GRPC`, `FORKRING_PORT_50051_TCP_ADDR`, and a URL in `FORKRING_PORT`.
+fn is_of_a_service(name: &str, value: &str) -> bool {
+    let is_address = || {
+        let words: Vec<_> = name.split('_').collect();
+        words.windows(3).any(|words| {
+            words[0] == "PORT"
+                && !words[1].is_empty()
+                && words[1].bytes().all(|b| b.is_ascii_digit())
+                && ["TCP", "UDP", "SCTP"].contains(&words[2])
+        })
+    };
+    name.ends_with("_SERVICE_HOST")
+        || name.ends_with("_SERVICE_PORT")
+        || name.contains("_SERVICE_PORT_")
+        || name.ends_with("_PORT") && value.contains("://")
+        || is_address()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    use super::{super::Cli, *};
+
+    #[test]
+    fn a_variable_that_nothing_reads_is_told_with_what_was_meant() {
+        let unknown = |variables: &[(&str, &str)]| {
+            unknown(&Cli::command(), variables.iter().map(|(name, value)| (name.into(), value.into())))
+        };
+        let fine = [
+            ("FORKRING_CAPACITY", "1"),
+            ("FORKRING_ADDR", "x"),
+            ("FORKRING_POOLS", ""),
+            ("FORKRING_LOG", "info"),
+            ("FORKRING_LOG_FORMAT", "json"),
+            ("FORKRING_WORKER", "{}"),
+            ("FORKRING_BIN", "x"),
+            ("FORKRING_TEST_SEED", "1"),
+            ("FORKRING_SERVICE_HOST", "10.0.0.1"),
+            ("FORKRING_SERVICE_PORT", "50051"),
+            ("FORKRING_GRPC_SERVICE_PORT_METRICS", "1"),
+            ("FORKRING_PORT", "tcp://10.0.0.1:50051"),
+            ("FORKRING_PORT_50051_TCP", "tcp://10.0.0.1:50051"),
+            ("FORKRING_PORT_50051_TCP_PROTO", "tcp"),
+            ("FORKRINGS", "x"),
+            ("PATH", "x"),
+        ];
+        assert_eq!(unknown(&fine), None);
+        for (name, hint) in [
+            ("FORKRING_CAPACTY", "did you mean FORKRING_CAPACITY?"),
+            ("FORKRING_LOGS", "did you mean FORKRING_LOG?"),
+            ("FORKRING_POOL", "did you mean FORKRING_POOLS?"),
+            ("FORKRING_capacity", "did you mean FORKRING_CAPACITY?"),
+            ("FORKRING_PORT", "`forkring help serve` lists them"),
+            ("FORKRING_", "`forkring help serve` lists them"),
+        ] {
+            let wanted = format!("{name} is not a variable of forkring: {hint}");
+            assert_eq!(unknown(&[&fine[..2], &[(name, "50051")]].concat()), Some(wanted));
+        }
+        let first = unknown(&[("FORKRING_B", ""), ("FORKRING_A", "")]).expect("two of them");
+        assert!(first.starts_with("FORKRING_A "), "{first}");
+    }
+}
