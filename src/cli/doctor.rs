@@ -22,7 +22,7 @@ use serde::Serialize;
 use super::{print, print_json};
 use crate::{
     config::Config,
-    segment::{self, Layout, PREFIX},
+    segment::{self, Layout, PREFIX, SegmentError},
     server,
 };
 
@@ -38,7 +38,7 @@ Examples:
   forkring doctor --json
   forkring doctor --name myserver           look at that server's segment only
 
-Exit code 1 when a check failed; a warning is not a failure.")]
+Exit code 1 when a check failed, also when the server that was named has no segment; a warning is not a failure.")]
 pub struct DoctorArgs {
     /// Look at the segment of this server only
     #[arg(long)]
@@ -88,7 +88,11 @@ struct Report {
 
 /// Prints all checks.
 pub fn run(args: DoctorArgs) -> anyhow::Result<()> {
-    let config = Config { pools: vec!["echo=echo".parse()?], ..Config::default() };
+    let mut config = Config { pools: vec!["echo=echo".parse()?], ..Config::default() };
+    if let Some(name) = &args.name {
+        config.name.clone_from(name);
+        config.validate()?;
+    }
     let need = Layout::of(server::geometry(&config)?)?.total();
     let checks =
         vec![kernel(), pidfd(), cores(), shm(need), memory(need), files(&config), segments(args.name.as_deref())];
@@ -232,6 +236,9 @@ fn files(config: &Config) -> Check {
 
 fn segments(only: Option<&str>) -> Check {
     let name = "segments";
+    if let Some(missing) = only.and_then(missing) {
+        return missing;
+    }
     let (stale, alive) = match look(only) {
         Ok(found) => found,
         Err(error) => return Check::warn(name, format!("cannot look for them: {error}"), format!("ls {SHM}")),
@@ -247,6 +254,33 @@ fn segments(only: Option<&str>) -> Check {
     Check::warn(name, detail, format!("{fix}, or with --fresh to throw that away; or rm {paths}"))
 }
 
+/// The failure if the server that was named has no segment, or one that cannot be looked at.
+fn missing(server: &str) -> Option<Check> {
+    let error = segment::inspect(server).err()?;
+    let path = format!("{SHM}/{PREFIX}{server}");
+    let is_absent = matches!(&error, SegmentError::Io { error, .. } if error.kind() == io::ErrorKind::NotFound);
+    if !is_absent {
+        return Some(Check::fail("segments", error.to_string(), format!("ls -l {path}")));
+    }
+    let detail = format!("there is no segment {path}: no server `{server}` runs or has left one behind");
+    let others = servers().unwrap_or_default();
+    let fix = match others.is_empty() {
+        true => format!("start it: forkring serve --name {server}"),
+        false => format!("start it, or name a server that has one: {}", others.join(", ")),
+    };
+    Some(Check::fail("segments", detail, fix))
+}
+
+/// The names of the servers that have a segment, in order.
+fn servers() -> io::Result<Vec<String>> {
+    let mut servers = Vec::new();
+    for entry in fs::read_dir(SHM)? {
+        servers.extend(entry?.file_name().to_str().and_then(|file| file.strip_prefix(PREFIX)).map(str::to_owned));
+    }
+    servers.sort();
+    Ok(servers)
+}
+
 /// A segment whose server is dead.
 struct StaleSegment {
     path: PathBuf,
@@ -257,16 +291,13 @@ struct StaleSegment {
 /// What cannot be opened is another user's, who should look after it.
 fn look(only: Option<&str>) -> io::Result<(Vec<StaleSegment>, usize)> {
     let (mut stale, mut alive) = (Vec::new(), 0);
-    for entry in fs::read_dir(SHM)? {
-        let entry = entry?;
-        let file = entry.file_name();
-        let Some(server) = file.to_str().and_then(|file| file.strip_prefix(PREFIX)) else { continue };
-        if only.is_some_and(|only| only != server) {
-            continue;
-        }
+    for server in servers()?.iter().filter(|server| only.is_none_or(|only| only == *server)) {
         match segment::inspect(server) {
             Ok(info) if info.alive => alive += 1,
-            Ok(info) => stale.push(StaleSegment { path: entry.path(), bytes: info.size }),
+            Ok(info) => {
+                let path = PathBuf::from(format!("{SHM}/{PREFIX}{server}"));
+                stale.push(StaleSegment { path, bytes: info.size });
+            }
             Err(_) => {}
         }
     }
@@ -349,6 +380,7 @@ mod tests {
         assert!(check.verdict == Verdict::Warn && check.fix.is_some_and(|fix| fix.ends_with(&server)));
 
         drop(clean);
-        assert_eq!(segments(Some(&server)).verdict, Verdict::Ok);
+        let check = segments(Some(&server));
+        assert!(check.verdict == Verdict::Fail && check.detail.contains("there is no segment"), "{}", check.detail);
     }
 }
