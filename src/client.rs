@@ -10,6 +10,7 @@
 //! best `std::process::exit`, which drops neither.
 
 mod process;
+mod wait;
 
 use std::{fmt, time::Duration};
 
@@ -23,6 +24,8 @@ use tonic_types::StatusExt as _;
 
 use self::process::Channels;
 pub use self::process::Results;
+pub(crate) use self::wait::until_connected;
+use crate::config::format_duration;
 use crate::proto::v1::{
     self, DeadLetter, DropDeadLetterRequest, GetDeadLetterRequest, GetUpdatesRequest, ListDeadLettersRequest,
     ListDeadLettersResponse, RequeueDeadLetterRequest, SubmitReceipt, WorkItem, WorkResult, admin_client::AdminClient,
@@ -71,7 +74,39 @@ impl Client {
         Ok(Self::new(channel, Some(endpoint)))
     }
 
-    /// Connects when the first call needs it. Call it where a tokio runtime is.
+    /// Connects like [`connect`](Self::connect), and waits up to `patience` for a server that is not there yet: it goes on
+    /// within 100 ms of the server's coming. After a second it logs that it waits.
+    ///
+    /// ```standalone_crate
+    /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
+    /// # use forkring::client::Client;
+    /// # fn main() {
+    /// # example::run(example::hashes, async |_| {
+    /// use std::time::Duration;
+    ///
+    /// let address = "127.0.0.1:50051";
+    /// # let address = &example::here().to_string();
+    /// let client = Client::connect_within(address, Duration::from_secs(30)).await?;
+    /// # Ok(())
+    /// # });
+    /// # }
+    /// ```
+    pub async fn connect_within(addr: &str, patience: Duration) -> Result<Self, ConnectError> {
+        let tell = || tracing::warn!(addr, patience = %format_duration(patience), "waiting for a server");
+        Self::connect_telling(addr, patience, tell).await
+    }
+
+    /// The same; `tell` is called when it has waited for a second.
+    pub(crate) async fn connect_telling(
+        addr: &str,
+        patience: Duration,
+        tell: impl FnOnce(),
+    ) -> Result<Self, ConnectError> {
+        until_connected(addr, patience, async || Self::connect(addr).await, tell).await
+    }
+
+    /// Connects when the first call needs it; a call that finds no server fails at once with `UNAVAILABLE`, and the next one
+    /// tries again. Call it where a tokio runtime is.
     pub fn connect_lazy(addr: &str) -> Result<Self, ConnectError> {
         let endpoint = endpoint(addr)?;
         Ok(Self::new(endpoint.connect_lazy(), Some(endpoint)))
@@ -379,6 +414,25 @@ mod tests {
         let error = runtime.block_on(Client::connect(&addr)).expect_err("nobody listens").to_string();
         let wanted = format!("cannot reach {addr}: Connection refused (os error 111); is `forkring serve` running?");
         assert_eq!(error, wanted);
+    }
+
+    #[test]
+    fn a_client_waits_for_its_server_and_gives_up_when_its_patience_is_over() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("a runtime");
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
+        socket.bind(&SocketAddr::from(([127, 0, 0, 1], 0)).into()).expect("a port");
+        let addr = socket.local_addr().expect("a port").as_socket().expect("an address").to_string();
+        runtime.block_on(async {
+            let patience = Duration::from_millis(50);
+            let error = Client::connect_within(&addr, patience).await.expect_err("nobody listens").to_string();
+            assert!(error.starts_with(&format!("cannot reach {addr}: Connection refused")), "{error}");
+            // Whoever waits longer is told of, and connects when somebody listens.
+            let listen = || socket.listen(1).expect("a listener");
+            Client::connect_telling(&addr, Duration::from_secs(60), listen).await.expect("a connection");
+            // An address that means nothing will not come to mean something.
+            let error = Client::connect_within("nonsense", Duration::MAX).await.expect_err("no address");
+            assert!(matches!(error, ConnectError::Address(_)));
+        });
     }
 
     #[test]

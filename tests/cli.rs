@@ -16,8 +16,9 @@ use common::{
     program::{self, Killed},
     run,
     server::{forkring, unique_name},
-    until,
+    soon, until,
 };
+use forkring::{client::Client, proto::v1::WorkItem};
 use nix::sys::signal::Signal;
 use sha2::{Digest as _, Sha256};
 use socket2::{Domain, Socket, Type};
@@ -327,6 +328,22 @@ fn a_client_that_is_early_says_that_it_waits_and_goes_on_when_there_is_a_server(
             assert_eq!(status.code(), Some(0), "{command}: {:?}", output.lines("stderr"));
             server.drain().await;
         }
+    });
+}
+
+#[test]
+fn a_lazy_client_reaches_its_server_with_the_first_call_after_that_has_come() {
+    run(async {
+        let (_socket, addr) = reserved_address();
+        let client = Client::connect_lazy(&addr).expect("an address");
+        for _ in 0..3 {
+            let early = soon("an error", client.call(WorkItem::new("echo", "x"))).await.expect_err("no server");
+            assert_eq!(early.code(), tonic::Code::Unavailable);
+        }
+        let server = Server::serve(&["--pool", "echo=echo", "--listen", &addr]).await;
+        let result = soon("an answer", client.call(WorkItem::new("echo", "x"))).await;
+        assert_eq!(result.expect("a result").payload, "x");
+        server.drain().await;
     });
 }
 

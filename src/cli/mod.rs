@@ -23,6 +23,7 @@ use std::{
     io::{self, Write as _},
     path::PathBuf,
     process::ExitCode,
+    time::Duration,
 };
 
 use clap::{
@@ -32,7 +33,7 @@ use clap::{
 
 use crate::{
     client::{Client, ConnectError},
-    config::ConfigError,
+    config::{ConfigError, format_duration, parse_duration},
     server::ServerError,
 };
 
@@ -172,12 +173,24 @@ struct Addr {
     /// The server: HOST:PORT or http://HOST:PORT
     #[arg(long, env = "FORKRING_ADDR", default_value = "http://127.0.0.1:50051", global = true)]
     addr: String,
+
+    /// How long to wait for a server that is not there yet; 0 does not wait
+    #[arg(long, env = "FORKRING_CONNECT_TIMEOUT", value_name = "DURATION", default_value = "10s", global = true,
+          value_parser = parse_duration)]
+    connect_timeout: Duration,
 }
 
 impl Addr {
     /// Runs `work` with a client of that server.
     fn run<T>(&self, work: impl AsyncFnOnce(Client) -> anyhow::Result<T>) -> anyhow::Result<T> {
-        block_on(async { work(Client::connect(&self.addr).await?).await })
+        let client = async { Client::connect_telling(&self.addr, self.connect_timeout, || self.say_waiting()).await };
+        block_on(async { work(client.await?).await })
+    }
+
+    /// Says that the command waits for its server.
+    fn say_waiting(&self) {
+        let patience = format_duration(self.connect_timeout);
+        say(format_args!("waiting for a server at {} (--connect-timeout {patience})", self.addr));
     }
 }
 

@@ -29,7 +29,10 @@ use pace::{Pace, Pacer};
 use tally::{CpuClock, Report, Tally};
 
 use super::{Addr, BadUsage, interrupt::on_interrupt, print, print_json};
-use crate::config::{ByteSize, parse_duration, whole_number};
+use crate::{
+    client::until_connected,
+    config::{ByteSize, parse_duration, whole_number},
+};
 
 /// How long a run takes when neither `--duration` nor `--count` says.
 const DEFAULT_DURATION: Duration = Duration::from_secs(10);
@@ -152,8 +155,15 @@ pub fn run(args: BenchArgs) -> anyhow::Result<()> {
 async fn load(args: &BenchArgs, target: Target, interrupted: impl Future<Output = ()>) -> anyhow::Result<Report> {
     let in_flight = in_flight(args);
     let mut connections = Vec::new();
+    tokio::pin!(interrupted);
     for _ in 0..args.connections {
-        connections.push(target.connect().await?);
+        let Addr { addr, connect_timeout } = &args.addr;
+        let connect =
+            until_connected(addr, *connect_timeout, async || target.connect().await, || args.addr.say_waiting());
+        connections.push(tokio::select! {
+            connection = connect => connection?,
+            () = &mut interrupted => bail!("interrupted while waiting for the server: nothing was measured"),
+        });
     }
 
     let begin = Instant::now();
@@ -174,7 +184,6 @@ async fn load(args: &BenchArgs, target: Target, interrupted: impl Future<Output 
     }
     let pacer = args.rate.map(|rate| Pacer::start(pace.clone(), rate)).transpose()?;
 
-    tokio::pin!(interrupted);
     tokio::select! {
         () = tokio::time::sleep_until(from.into()) => {}
         () = &mut interrupted => bail!("interrupted in the warm-up: nothing was measured"),

@@ -278,7 +278,7 @@ async fn a_run_that_is_interrupted_reports_what_it_measured() {
 #[test]
 fn a_server_that_is_not_there_is_an_error_that_says_what_to_do() {
     // Port 1 of this machine: nobody's.
-    let args = Cli::try_parse_from(["bench", "--addr", "127.0.0.1:1"]).unwrap().bench;
+    let args = Cli::try_parse_from(["bench", "--addr", "127.0.0.1:1", "--connect-timeout", "0"]).unwrap().bench;
     let message = format!("{:#}", run(args).unwrap_err());
     assert!(message.contains("cannot reach 127.0.0.1:1: Connection refused"), "{message}");
 }
