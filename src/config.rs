@@ -146,6 +146,9 @@ pub struct Config {
     pub python: Option<PathBuf>,
     /// How log lines look. Default: [`LogFormat::Text`].
     pub log: LogFormat,
+    /// Whether items that failed are lines of the log, at most ten a second. Default: no.
+    #[serde(deserialize_with = "units::flag")]
+    pub log_failures: bool,
     /// The pools with a built-in or a Python handler. Default: none. In a file: `[[pool]]`.
     #[serde(rename = "pool", deserialize_with = "pool::list")]
     pub pools: Vec<PoolSpec>,
@@ -177,6 +180,7 @@ impl Default for Config {
             body_timeout: Duration::from_secs(10),
             python: None,
             log: LogFormat::Text,
+            log_failures: false,
             pools: Vec::new(),
         }
     }
@@ -457,6 +461,7 @@ mod tests {
             body_timeout = "1.5s"
             python = "/opt/python"
             log = "json"
+            log_failures = true
 
             [[pool]]
             name = "hash"
@@ -496,6 +501,7 @@ mod tests {
             body_timeout: Duration::from_millis(1500),
             python: Some("/opt/python".into()),
             log: LogFormat::Json,
+            log_failures: true,
             pools: vec![
                 pools(&["hash:4=sha256"]).remove(0),
                 PoolSpec {

@@ -245,6 +245,12 @@ impl Server {
         self
     }
 
+    /// Logs items that failed, at most ten lines a second; see [`Config::log_failures`]. The lines are `tracing` events.
+    pub fn log_failures(mut self, log: bool) -> Self {
+        self.config.log_failures = log;
+        self
+    }
+
     /// Changes any other setting.
     pub fn configure(mut self, change: impl FnOnce(&mut Config)) -> Self {
         change(&mut self.config);

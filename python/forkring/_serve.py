@@ -19,6 +19,7 @@ def serve(
     affinity: Union[str, Iterable[int], None] = None,
     preload: bool = False,
     reload: bool = False,
+    log_failures: bool = False,
     options: tuple[str, ...] = (),
 ) -> None:
     """Serves until SIGTERM or Ctrl-C, each handler in a pool of its own name.
@@ -27,8 +28,9 @@ def serve(
     this under `if __name__ == "__main__":`, and before anything that starts threads. `worker_env` are environment
     variables of workers, `{worker}` in a value being the worker's number in its pool; `affinity` is "auto" or the CPUs that
     are dealt out to a pool's workers in turn. With `preload` the handlers are imported once, and the workers forked from
-    there; with `reload` workers are replaced when a file changes that they were imported from. `options` are more of
-    `forkring serve`'s. What is wrong is said on stderr, and is a SystemExit.
+    there; with `reload` workers are replaced when a file changes that they were imported from. With `log_failures` items
+    that failed are lines of the server's log, at most ten a second. `options` are more of `forkring serve`'s. What is wrong
+    is said on stderr, and is a SystemExit.
     """
     if not handlers:
         raise TypeError("serve() takes at least one handler")
@@ -38,7 +40,8 @@ def serve(
     for option, value in (("--workers", workers), ("--listen", listen), ("--name", name), ("--affinity", affinity)):
         if value is not None:
             arguments += [option, str(value)]
-    arguments += [option for option, given in (("--preload", preload), ("--reload", reload)) if given]
+    flags = (("--preload", preload), ("--reload", reload), ("--log-failures", log_failures))
+    arguments += [option for option, given in flags if given]
     for variable, text in (worker_env or {}).items():
         arguments += ["--worker-env", f"{variable}={text}"]
     for handler in handlers:

@@ -11,7 +11,7 @@ import pytest
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
 from harness import error_of
-from serving import FORKRING, run
+from serving import FORKRING, run, until
 
 import forkring
 
@@ -47,6 +47,16 @@ def test_an_exception_is_its_items_error(ways):
         # The user's frames are there and ours are not.
         assert "failing.py" in traceback and "/forkring/_" not in traceback, traceback
     assert ways.call("ways", b"fine") == before, "the same process"
+
+
+def test_a_failure_can_be_a_line_of_the_log(serve):
+    app = serve("failing.py:ways", arguments=["--log-failures", "--log", "json"], quiet=False)
+    app.error("ways", b"value", id=7)
+    line = json.loads(until("a line", app.log))
+    assert (line["level"], line["message"], line["item"]) == ("WARN", "an item failed", 7)
+    assert (line["pool"], line["worker"], line["reason"]) == ("ways", 0, "HANDLER_RAISED")
+    assert line["error"] == line["traceback"] == "ValueError: that is no number"
+    assert line["at"].startswith('File "') and "failing.py" in line["at"], line
 
 
 def test_the_traceback_is_shown_wherever_an_item_fails(ways, tmp_path):

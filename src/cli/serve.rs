@@ -172,6 +172,11 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_LOG_FORMAT", value_name = "FORMAT")]
     log: Option<LogFormat>,
 
+    /// Log items that failed (by an exception, an exit code, a crash), at most ten lines a second and then how many more
+    #[arg(long, env = "FORKRING_LOG_FAILURES", value_name = "BOOL", num_args = 0..=1, require_equals = true,
+          default_missing_value = "true", value_parser = BoolishValueParser::new())]
+    log_failures: Option<bool>,
+
     /// Drain when this process, our parent, ends
     #[arg(long, hide = true, value_name = "PID", value_parser = whole_number(1..=i32::MAX))]
     parent: Option<i32>,
@@ -215,6 +220,7 @@ impl ServeArgs {
         lay(self.body_timeout, &mut config.body_timeout);
         lay(self.python.map(Some), &mut config.python);
         lay(self.log, &mut config.log);
+        lay(self.log_failures, &mut config.log_failures);
         if let Some(handler) = self.app {
             if handler.ends_with(".py") {
                 return Err(BadUsage(format!("`{handler}` names no function: write {handler}:FUNCTION")).into());
@@ -358,6 +364,7 @@ mod tests {
             body_timeout: Duration::from_secs(2),
             python: Some("/p".into()),
             log: LogFormat::Json,
+            log_failures: true,
             pools: vec![pool("a=echo"), pool("handle=app:handle")],
         };
         let args = ServeArgs {
@@ -387,6 +394,7 @@ mod tests {
             body_timeout: Some(wanted.body_timeout),
             python: Some("/p".into()),
             log: Some(LogFormat::Json),
+            log_failures: Some(true),
             parent: None,
         };
         assert_eq!(args.into_config(None).expect("a good configuration"), wanted);

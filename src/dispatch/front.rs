@@ -207,6 +207,11 @@ impl<'s> Front<'s> {
         self.known[(index - self.first) as usize].payload_len.into()
     }
 
+    /// The pool of an item.
+    pub fn pool(&self, index: u32) -> u16 {
+        u16::from(self.known[(index - self.first) as usize].word.lane()) / PRIORITIES as u16
+    }
+
     /// The client's id of an item.
     pub fn id(&self, index: u32) -> u64 {
         self.known[(index - self.first) as usize].id

@@ -28,6 +28,7 @@ use crate::{
 };
 
 use super::{
+    failure_log::FailureLog,
     mailbox::{Ending, Mailbox},
     status::Refusal,
     wire::ItemHead,
@@ -143,6 +144,8 @@ pub struct Hub {
     pub pools: Vec<String>,
     pub max_message: usize,
     pub body_timeout: Duration,
+    /// Where failed items are logged, if they are.
+    failures: Option<Rc<FailureLog>>,
     outbox: usize,
     outbox_bytes: u64,
     reserve: usize,
@@ -184,6 +187,7 @@ impl Hub {
             pools,
             max_message: config.max_message().bytes().min(front.largest_request()) as usize,
             body_timeout: config.body_timeout,
+            failures: config.log_failures.then(Rc::default),
             outbox: config.outbox() as usize,
             // Half of a worker's result arena: the rest is for those who wait.
             outbox_bytes: front.segment().geometry().result_bytes / 2,
@@ -420,6 +424,9 @@ impl Hub {
             first = first.min(if is_expired { now() } else { completion.times[2] });
             let owner = self.owners.borrow_mut()[completion.index as usize].take();
             crash_point!("hub.collected");
+            if let Some(failures) = &self.failures {
+                failures.log(&completion, &self.front.borrow(), &self.pools);
+            }
             match owner {
                 Some(Owner::Rpc(mailbox)) => {
                     bytes += completion.len;

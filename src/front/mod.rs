@@ -17,6 +17,7 @@
 mod admin;
 mod collector;
 mod connection;
+mod failure_log;
 mod grace;
 mod hub;
 mod input;

@@ -130,7 +130,7 @@ fn result<'a>(hub: &Hub, completion: &Completion, line: &'a mut [u8; INLINE]) ->
 }
 
 /// Why a completed item failed, if it did.
-fn failure(completion: &Completion, result: &[u8]) -> Option<Refusal> {
+pub fn failure(completion: &Completion, result: &[u8]) -> Option<Refusal> {
     match completion.outcome {
         Outcome::Success => None,
         Outcome::Invalid => Some(Refusal::invalid_result()),
