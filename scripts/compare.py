@@ -34,15 +34,15 @@ CASES = [
     Case("stream, 64", "process", 64, SMALL),
     Case("unary 1 MiB, 1", "call", 1, LARGE, payload=1 << 20),
     Case("unary 1 MiB, 8", "call", 8, LARGE, payload=1 << 20),
-    Case("submit, 1", "submit", 1, ["post"]),
-    Case("submit, 64", "submit", 64, ["post"]),
-    Case("submit, 1024", "submit", 1024, ["post"]),
+    Case("submit, 1", "submit", 1, ["baseline"]),
+    Case("submit, 64", "submit", 64, ["baseline"]),
+    Case("submit, 1024", "submit", 1024, ["baseline"]),
     # A Python worker; beside it the Rust worker, and what others make of Python.
     Case("python unary, 1", "call", 1, ["forkring", "triton"], subject="python", pool="echo"),
     Case("python unary, 64", "call", 64, ["forkring", "mosec", "mosec-batch", "triton"], subject="python", pool="echo"),
     Case("python stream, 64", "process", 64, ["forkring"], subject="python", pool="echo"),
     Case("python 4 MiB, 1", "call", 1, ["triton"], payload=4 << 20, subject="python", pool="increment"),
-    Case("python cpu, 64", "submit", 64, ["python", "post-cpu", "post-cpu-n"], subject="python-n", pool="digests"),
+    Case("python cpu, 64", "submit", 64, ["python", "baseline-cpu", "baseline-cpu-n"], subject="python-n", pool="digests"),
 ]
 ITEM_COST = "python item cost"
 
@@ -211,7 +211,7 @@ class Bench:
 
 def role(server, pid):
     """What a process is, by the name it gave itself."""
-    if server.name == "post":
+    if server.name == "baseline":
         return "main" if pid == server.pid else "server or worker"
     return Path(f"/proc/{pid}/comm").read_text().strip()
 
@@ -223,7 +223,7 @@ def say(text):
 # What scripts/compare builds and installs, and says where.
 FROM_THE_SHELL = {
     "--release": "release",
-    "--post-python": "post-venv/bin/python",
+    "--baseline-python": "baseline-venv/bin/python",
     "--python": "python-venv/bin/python",
     "--mosec-python": "peers-venv/bin/python",
     "--triton-folder": "triton",
@@ -283,7 +283,7 @@ def main():
     if item_cost:
         bench.item_cost()
     if idle:
-        for name in ["forkring", "tonic", "post"]:
+        for name in ["forkring", "tonic", "baseline"]:
             bench.idle(name)
 
     report = compare_report.Report(bench.results, cases, options, machine)

@@ -30,7 +30,7 @@ def digests(item):
 
 
 def digest(value):
-    """As the post's worker does."""
+    """As the baseline's worker does."""
     for _ in range(DIGESTS):
         value = hashlib.sha256(value).digest()
     return value

@@ -25,7 +25,11 @@ class Point:
 
 
 def dots(title, tick, series, rows):
-    """One band per row, one dot per point; `tick` writes an axis value, `series` gives the order of the colours."""
+    """One band per row, one dot per point; `tick` writes an axis value, `series` gives the order of the colours.
+
+    A name that stands more than once in `series` is one series.
+    """
+    series = list(dict.fromkeys(series))
     colours = dict(zip(series, COLOURS))
     values = [v for _, points in rows for p in points for v in (p.low, p.value, p.high)]
     first, last = math.floor(math.log10(min(values))), math.ceil(math.log10(max(values)))

@@ -11,19 +11,20 @@ from pathlib import Path
 import compare_plot
 from compare_servers import CORES
 
+BASELINE = "baseline (grpc.aio + multiprocessing.Queue)"
 # As compare.py and its cases call them -> as the reader sees them.
 SERVERS = {
     "forkring": "forkring",
     "tonic": "bare tonic",
     "tonic-wide": "bare tonic, wide",
-    "post": "the post's program",
+    "baseline": BASELINE,
     "python": "forkring, a Python worker",
     "python-n": f"forkring, {CORES} Python workers",
     "mosec": "mosec",
     "mosec-batch": "mosec, batches",
     "triton": "Triton",
-    "post-cpu": "the post's program",
-    "post-cpu-n": f"the same, {CORES} workers",
+    "baseline-cpu": BASELINE,
+    "baseline-cpu-n": f"the same, {CORES} workers",
 }
 
 
@@ -59,9 +60,9 @@ TARGETS = [
     Target("unary, 64 in flight: items/s ≥ 0.75 × bare tonic", "unary, 64", "items_per_s", "tonic", 0.75, True),
     Target("unary alone: p50 ≤ 1.0 × bare tonic", "unary, 1", "p50", "tonic", 1.0, False),
     Target("one `Process` stream, one at a time: p50 ≤ 0.7 × bare tonic", "stream, 1", "p50", "tonic", 0.7, False),
-    Target("`Submit`/`GetUpdates`, 64: items/s ≥ 20 × the post", "submit, 64", "items_per_s", "post", 20, True),
-    Target("`Submit`/`GetUpdates`, 1024: items/s ≥ 20 × the post", "submit, 1024", "items_per_s", "post", 20, True),
-    Target("`Submit`/`GetUpdates` alone: p50 ≤ 1/300 of the post", "submit, 1", "p50", "post", 1 / 300, False),
+    Target("`Submit`/`GetUpdates`, 64: items/s ≥ 20 × the baseline", "submit, 64", "items_per_s", "baseline", 20, True),
+    Target("`Submit`/`GetUpdates`, 1024: items/s ≥ 20 × the baseline", "submit, 1024", "items_per_s", "baseline", 20, True),
+    Target("`Submit`/`GetUpdates` alone: p50 ≤ 1/300 of the baseline", "submit, 1", "p50", "baseline", 1 / 300, False),
     Target("1 MiB unary alone: items/s ≥ 1.5 × bare tonic on defaults", "unary 1 MiB, 1", "items_per_s", "tonic", 1.5, True),
     Target("1 MiB unary, 8: items/s ≥ 1.5 × bare tonic on defaults", "unary 1 MiB, 8", "items_per_s", "tonic", 1.5, True),
     Target("a Python worker, unary, 64: items/s ≥ 0.6 × the Rust worker", "python unary, 64", "items_per_s", "forkring", 0.6, True),
@@ -213,7 +214,7 @@ class Report:
         return (
             "*forkring* has one `echo` worker: every item crosses to another process and back. *Bare tonic* "
             "(`examples/bare_tonic.rs`) answers from the handler, on tonic's default settings; *wide* is the same with larger "
-            "windows and frames. *The post's program* (`scripts/post`) is grpc.aio, two `multiprocessing.Queue`s and worker "
+            "windows and frames. *Baseline* (`scripts/baseline`) is a server of grpc.aio, two `multiprocessing.Queue`s and worker "
             "processes. The load generator, `forkring bench`, is the same for all. Payload 64 B unless said otherwise; the number "
             "is how many items are in flight on one connection; *cores* is what the server's processes kept busy.\n"
         )
@@ -229,7 +230,7 @@ class Report:
             "*mosec* is HTTP: its load has the shape of `forkring bench`'s, but over as many HTTP/1.1 connections as items are in "
             f"flight (`examples/peer_load.rs`); *batches* has its worker take up to 64 items at a time. {triton} *4 MiB* is an array in "
             "and one more than each element out. *cpu* is some ten milliseconds of Python's `hashlib` for each item, submitted, "
-            "the same in all; the post's program has a worker less than the machine has cores, unless said otherwise.\n"
+            "the same in all; the baseline has a worker less than the machine has cores, unless said otherwise.\n"
         )
 
     def bare(self):
@@ -317,7 +318,7 @@ class Report:
 
     def idle(self):
         text = (
-            f"Each server worked for a second, then had a client connected and nothing to do (forkring and the post: a "
+            f"Each server worked for a second, then had a client connected and nothing to do (forkring and the baseline: a "
             f"subscriber; bare tonic: an open stream). Context switches of all threads over {self.options.idle:g} s; private memory "
             "is `Private_Clean` + `Private_Dirty` of `smaps_rollup`.\n\n"
         )

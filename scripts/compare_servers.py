@@ -19,7 +19,7 @@ TRITON_LISTENING = re.compile(r"Started GRPCInferenceService at ([0-9.]+:[0-9]+)
 START_TIMEOUT = 60
 STOP_TIMEOUT = 20
 CORES = len(os.sched_getaffinity(0))
-# What an item of CPU-bound work is, some ten milliseconds: to the post's worker, and to compare_app.py.
+# What an item of CPU-bound work is, some ten milliseconds: to the baseline's worker, and to compare_app.py.
 WORK = {"WORK_DIGESTS": "20000"}
 
 
@@ -106,16 +106,16 @@ class Starts:
     def tonic_wide(self):
         return self.tonic("--wide")
 
-    def post(self, **environment):
-        command = [self.options.post_python, "-B", ROOT / "scripts" / "post" / "main.py", "0"]
+    def baseline(self, **environment):
+        command = [self.options.baseline_python, "-B", ROOT / "scripts" / "baseline" / "main.py", "0"]
         return Start(command, environment)
 
-    def post_cpu(self):
-        return self.post(**WORK)
+    def baseline_cpu(self):
+        return self.baseline(**WORK)
 
-    def post_cpu_n(self):
+    def baseline_cpu_n(self):
         # One of them is the server.
-        return self.post(**WORK, PROCESSES=str(CORES + 1))
+        return self.baseline(**WORK, PROCESSES=str(CORES + 1))
 
     def mosec(self, batch=1):
         port = free_port()

@@ -1,4 +1,4 @@
-"""An asyncio client that follows updates: what the post's `getUpdates` loop with `sleep(0.1)` becomes.
+"""An asyncio client that follows updates: what a loop over `sleep(0.1)` and a queue becomes.
 
     python follow_updates.py HOST:PORT [COUNT]
 

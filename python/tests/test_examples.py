@@ -23,10 +23,10 @@ EXAMPLES = ROOT / "examples" / "python"
 
 @pytest.fixture
 def before(tmp_path):
-    """The post's program, with work like its successor's; its address."""
+    """The baseline, with work like its successor's; its address."""
     environment = {**os.environ, "WORK_DIGESTS": "100000"}
     with open(tmp_path / "log", "w+") as log:
-        command = [sys.executable, "-B", str(ROOT / "scripts" / "post" / "main.py"), "0"]
+        command = [sys.executable, "-B", str(ROOT / "scripts" / "baseline" / "main.py"), "0"]
         process = subprocess.Popen(
             command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True, start_new_session=True
         )
@@ -42,8 +42,8 @@ def before(tmp_path):
             process.stdout.close()
 
 
-def test_the_posts_program_gives_the_same_after_as_before(before, serve):
-    after = serve("work:2=post.py:work", apps=EXAMPLES)
+def test_the_baseline_gives_the_same_after_as_before(before, serve):
+    after = serve("work:2=rewritten.py:work", apps=EXAMPLES)
     items = [b"item %d" % n for n in range(10)]
     answers = []
     for address in (before, after.address):
@@ -51,7 +51,7 @@ def test_the_posts_program_gives_the_same_after_as_before(before, serve):
             updates = client.updates("theirs", limit=len(items), timeout=PATIENCE)
             receipt = client.submit(items, subscription="theirs")
             assert receipt.accepted == len(items)
-            # The post's stream knows no limit, nor any end, so no more than these are asked for.
+            # The baseline's stream knows no limit, nor any end, so no more than these are asked for.
             answers.append({result.id: result.payload for _, result in zip(items, updates)})
             updates.close()
     assert answers[0] == answers[1]

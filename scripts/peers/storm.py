@@ -139,12 +139,13 @@ class Forkring(Peer):
         self.segment.unlink(missing_ok=True)
 
 
-class Post(Peer):
-    """The post's program: what is sent comes back on another stream, or not at all."""
+class Baseline(Peer):
+    """A server of grpc.aio and multiprocessing.Queue: what is sent comes back on another stream, or not at all."""
 
     def __init__(self):
         # Its first child is the gRPC server, all others are workers.
-        super().__init__("the post's program", [sys.executable, "scripts/post/main.py", "0"], lambda command: True)
+        name = "baseline (grpc.aio + multiprocessing.Queue)"
+        super().__init__(name, [sys.executable, "scripts/baseline/main.py", "0"], lambda command: True)
         self.waiting = {}
 
     def workers(self):
@@ -291,7 +292,7 @@ async def storm(peer, seconds, dice):
 
 async def run(arguments):
     rows = []
-    peers = [lambda: Forkring(arguments.forkring), Mosec, Post]
+    peers = [lambda: Forkring(arguments.forkring), Mosec, Baseline]
     if arguments.triton:
         peers.append(lambda: Triton(arguments.triton_folder))
     for make in peers:

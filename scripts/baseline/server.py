@@ -1,10 +1,8 @@
-"""The post's gRPC server: one process, one event loop, a queue to the workers and a queue back.
+"""The baseline's gRPC server: one process, one event loop, a queue to the workers and a queue back.
 
-Kept as the post has it: the blocking `put` and `get` in coroutines, MessageToDict on each item, the updates loop that
-looks at the queue ten times a second, one queue of updates for all subscribers.
-
-Changed, because it would not run otherwise: `async for` over the request stream, messages of forkring.v1 instead of
-the post's unnamed ones, and the port.
+Written as such servers often are: the blocking `put` and `get` in coroutines, MessageToDict on each item, the updates
+loop that looks at the queue ten times a second, one queue of updates for all subscribers. Its messages are those of
+forkring.v1, so that one load generator serves both.
 """
 
 import asyncio

@@ -1,4 +1,4 @@
-"""The post's worker: takes an item, works on it, puts the result back.
+"""The baseline's worker: takes an item, works on it, puts the result back.
 
 The work is an echo, after $WORK_SECONDS if set; or, if it is set, the digest of a digest, $WORK_DIGESTS times over.
 """

@@ -1,14 +1,15 @@
-//! The program of a well-known post on Python, gRPC and multiprocessing, as it reads with forkring.
+//! The baseline (grpc.aio + multiprocessing.Queue) rewritten for forkring.
 //!
-//! There: a `grpc.aio` server in one process, two bounded `multiprocessing.Queue`s, a worker process for each other
-//! core, and updates that clients get by way of a loop that looks ten times a second. Here: the handler, and where to
-//! listen. Fork comes before gRPC, nobody polls, and an item whose worker dies goes to another.
+//! `scripts/baseline` is how Python teams often write it: a `grpc.aio` server in one process, two bounded
+//! `multiprocessing.Queue`s, a worker process for each other core, and updates that clients get by way of a loop that looks
+//! ten times a second. Here: the handler, and where to listen. Fork comes before gRPC, nobody polls, and an item whose worker
+//! dies goes to another.
 //!
-//!     cargo run --release --example post
+//!     cargo run --release --example rewritten
 //!     forkring updates --addr 127.0.0.1:8080
 //!     seq 100 | forkring submit work --lines --addr 127.0.0.1:8080
 //!
-//! `submit` is the post's `doSomething` and `updates` its `getUpdates`: start either first, each from a shell of its own.
+//! `submit` sends the items and `updates` prints their results: start either first, each from a shell of its own.
 
 use forkring::{Failure, Item, Pool, Reply, Server, ServerError};
 use sha2::{Digest as _, Sha256};

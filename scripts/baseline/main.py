@@ -1,4 +1,4 @@
-"""The post's program: a grpc.aio server, two bounded multiprocessing queues, and workers on the other cores.
+"""The baseline: a grpc.aio server, two bounded multiprocessing queues, and workers on the other cores.
 
 Usage: python main.py [PORT]     (default 8080; 0 takes a free port and prints it)
 
