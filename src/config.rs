@@ -14,7 +14,8 @@ mod units;
 
 use std::{
     collections::BTreeMap,
-    fs,
+    fs::File,
+    io::Read as _,
     net::{Ipv4Addr, SocketAddr},
     ops::RangeInclusive,
     path::{Path, PathBuf},
@@ -32,7 +33,7 @@ pub use place::{Affinity, Place, Variable};
 pub use pool::PoolSpec;
 pub use sizes::Room;
 pub(crate) use suggest::closest;
-pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, whole_number};
+pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, parse_flag, whole_number};
 
 /// How many items a server may hold.
 pub const CAPACITY: RangeInclusive<u32> = 1..=MAX_ITEMS;
@@ -50,6 +51,8 @@ const ARENAS: RangeInclusive<u64> = 1 << 12..=1 << 36;
 const LETTERS: RangeInclusive<u64> = MIN_LETTER_BYTES..=1 << 36;
 /// The largest message that may be allowed: gRPC counts its bytes in 32 bits, and a result's other fields need room.
 pub const MAX_MESSAGE: u64 = u32::MAX as u64 - (1 << 20);
+/// No configuration is larger than this: a file that never ends, such as a device, is refused instead of being read.
+const LARGEST_FILE: ByteSize = ByteSize::mib(1);
 /// A worker with less could not even start.
 const LEAST_MEMORY: ByteSize = ByteSize::mib(8);
 /// A longer spin than this is a mistake: it would burn a core for nothing.
@@ -189,8 +192,13 @@ impl Default for Config {
 impl Config {
     /// Reads a TOML file over the defaults. Does not [`validate`](Self::validate): other sources may yet follow.
     pub fn from_file(path: &Path) -> Result<Self, ConfigError> {
-        let text = fs::read_to_string(path).map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
-        Self::from_toml(&text, path)
+        let mut bytes = Vec::new();
+        let read = File::open(path).and_then(|file| file.take(LARGEST_FILE.bytes() + 1).read_to_end(&mut bytes));
+        read.map_err(|source| ConfigError::Read { path: path.to_owned(), source })?;
+        match String::from_utf8(bytes) {
+            Ok(text) if text.len() as u64 <= LARGEST_FILE.bytes() => Self::from_toml(&text, path),
+            _ => Err(ConfigError::NotText { path: path.to_owned() }),
+        }
     }
 
     /// Reads TOML over the defaults; `path` is what errors call it.
@@ -538,18 +546,19 @@ mod tests {
             ("capacity = 1.5", "f.toml:1:12: capacity: `1.5` is not a whole number from 1 to 1048576"),
             ("capacity = true", "f.toml:1:12: capacity: `true` is not a whole number from 1 to 1048576"),
             ("capacity = [1]", "f.toml:1:12: capacity: a list stands where one value belongs"),
-            ("capacity = { a = 1 }", "f.toml:1:12: capacity: a table stands where one value belongs"),
+            ("capacity = { a = 1 }", "f.toml:1:12: capacity: a table or date stands where one value belongs"),
+            ("capacity = 99999999999999999999", "f.toml:1:12: capacity: `99999999999999999999` is not a whole number"),
             ("workers = 0", "f.toml:1:11: workers: `0` is not a whole number from 1 to 1024"),
             ("max_attempts = 256", "f.toml:1:16: max_attempts: `256` is not a whole number from 1 to 255"),
             ("outbox = ''", "f.toml:1:10: outbox: `` is not a whole number from 1 to 1048576"),
             ("max_connections = 0", "f.toml:1:19: max_connections: `0` is not a whole number from 1 to 4294967295"),
-            ("fresh = 'yes'", "f.toml:1:9: fresh: `yes` is not true or false"),
+            ("fresh = 'maybe'", "f.toml:1:9: fresh: `maybe` is not true or false"),
             ("worker_env = 'A=1'", "f.toml:1:14: worker_env: give a table of names and values, such as {"),
             ("pool = 'a=echo'", "f.toml:1:8: pool: each pool is a table of its own that begins with [[pool]]"),
             ("[pool]\nname = 'a'", "f.toml:1:1: each pool is a table of its own that begins with [[pool]]"),
             ("pool = ['a=echo']", "f.toml:1:9: pool: each pool is a table of its own that begins with [[pool]]"),
             ("[[pool]]\nname = 'a'\nhandler = 'echo'\nworkers = 'x'", "f.toml:4:11: workers: `x` is not a whole"),
-            ("[[pool]]\nname = 'a'\nhandler = 'echo'\npreload = 1", "f.toml:4:11: preload: `1` is not true or"),
+            ("[[pool]]\nname = 'a'\nhandler = 'echo'\npreload = 2", "f.toml:4:11: preload: `2` is not true or"),
             ("arena = '1x'", "f.toml:1:9: arena: `1x` is not a size: give bytes"),
             ("grace = 5", "f.toml:1:9: grace: `5` is not a duration: give a number with"),
             ("spin = true", "f.toml:1:8: spin: `true` is not a way to spin: give auto, off,"),
@@ -568,6 +577,10 @@ mod tests {
         }
         let missing = Config::from_file(Path::new("/nonexistent/f.toml"));
         assert!(matches!(missing, Err(ConfigError::Read { .. })));
+        for no_text in ["/dev/zero", "/proc/self/exe"] {
+            let error = Config::from_file(Path::new(no_text)).expect_err("no configuration").to_string();
+            assert_eq!(error, format!("the configuration {no_text} is not text in UTF-8 of at most 1MiB"));
+        }
     }
 
     #[test]

@@ -53,7 +53,7 @@ pub enum ServerError {
         "cannot listen on {listen}: the host `{host}` has no address that this machine knows ({error}); give an IP address, or a host's name that resolves"
     )]
     Resolve { listen: Listen, host: String, error: io::Error },
-    #[error("cannot listen on {address}: {error}{}", busy(error))]
+    #[error("cannot listen on {address}: {error}{}", instead(error))]
     Listen { address: SocketAddr, error: io::Error },
     #[error(transparent)]
     Segment(#[from] SegmentError),
@@ -66,17 +66,27 @@ pub enum ServerError {
 impl fmt::Debug for ServerError {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         fmt::Display::fmt(self, f)?;
+        let mut text = self.to_string();
         let mut source = self.source();
         while let Some(cause) = source {
-            write!(f, ": {cause}")?;
-            source = cause.source();
+            // Some say themselves what their source says.
+            let cause_text = cause.to_string();
+            if !text.ends_with(&cause_text) {
+                write!(f, ": {cause_text}")?;
+            }
+            (text, source) = (cause_text, cause.source());
         }
         Ok(())
     }
 }
 
-fn busy(error: &io::Error) -> &'static str {
+/// What to do about an address that cannot be listened on.
+fn instead(error: &io::Error) -> &'static str {
     match error.kind() {
+        io::ErrorKind::AddrNotAvailable => {
+            "; this machine has no such address: choose one of its own, or 0.0.0.0 for all of them"
+        }
+        io::ErrorKind::PermissionDenied => "; a port below 1024 takes privileges: choose a higher one",
         io::ErrorKind::AddrInUse => "; stop what listens there, or choose another --listen (port 0 takes a free one)",
         _ => "",
     }
@@ -429,5 +439,7 @@ mod tests {
         let error = ServerError::from(Config::from_file(Path::new("/no/such")).expect_err("no file"));
         let line = "cannot read the configuration /no/such: No such file or directory (os error 2)";
         assert_eq!(format!("{error:?}"), line);
+        let error = ServerError::from(SupervisorError::Io(io::Error::other("no files")));
+        assert_eq!(format!("{error:?}"), "cannot supervise: no files", "and it is said once");
     }
 }

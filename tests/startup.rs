@@ -51,6 +51,13 @@ fn a_flag_that_means_nothing_is_refused() {
             (&["--pool", echo, "--listen", &format!("{NO_HOST}:1")], &format!("the host `{NO_HOST}` has no address")),
             (&["--pool", echo, "--spin", "on"], "give auto, off, or a duration"),
             (&["--pool", echo, "--grace", "soon"], "`soon` is not a duration"),
+            (&["--pool", echo, "--grace", "-5s"], "`-5s` is not a duration"),
+            (&["--pool", echo, "--arena", "-1g"], "`-1g` is not a size"),
+            (&["--pool", echo, "--fresh=maybe"], "`maybe` is not true or false"),
+            (&["--pool", echo, "--listen", "1.2.3:5"], "`1.2.3:5` is not an address to listen on"),
+            (&["--pool", echo, "--item-timeout", "b=5s"], "there is no pool `b`; the pools are echo"),
+            (&["--pool", echo, "--config", "/dev/zero"], "the configuration /dev/zero is not text in UTF-8"),
+            (&["--pool", "é=echo"], "`é` is not a pool's name: use 1 to 64 of"),
             (&["--pool", echo, "--workers", "0"], "`0` is not a whole number from 1 to 1024"),
             (&["--pool", echo, "--name", "a/b"], "`a/b` is not a server name"),
             (&["--pool", echo, "extra"], "`extra` is no handler in Python"),
@@ -231,7 +238,7 @@ fn a_busy_port_is_refused() {
         refused(command, &name, &format!("cannot listen on {address}: Address already in use")).await;
         // And one that no interface has.
         let command = serve_command(&name, &["--pool", "echo=echo", "--listen", "192.0.2.1:1"]);
-        refused(command, &name, "cannot listen on 192.0.2.1:1").await;
+        refused(command, &name, "this machine has no such address: choose one of its own").await;
     });
 }
 

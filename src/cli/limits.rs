@@ -55,6 +55,7 @@ pub fn lay_variables(variables: Vec<Variable>, config: &mut Config) -> Result<()
 
 /// The pool of this name; `option` is what named it.
 fn pool_of<'c>(config: &'c mut Config, name: &str, option: impl Fn() -> String) -> Result<&'c mut PoolSpec, BadUsage> {
-    let unknown = || BadUsage(format!("{}: there is no pool `{name}`; name one that is there", option()));
-    config.pools.iter_mut().find(|pool| pool.name == name).ok_or_else(unknown)
+    let names: Vec<_> = config.pools.iter().map(|pool| pool.name.as_str()).collect();
+    let unknown = BadUsage(format!("{}: there is no pool `{name}`; the pools are {}", option(), names.join(", ")));
+    config.pools.iter_mut().find(|pool| pool.name == name).ok_or(unknown)
 }

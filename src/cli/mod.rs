@@ -18,6 +18,7 @@ mod updates;
 mod variables;
 
 use std::{
+    any::TypeId,
     env,
     ffi::OsString,
     io::{self, Write as _},
@@ -25,6 +26,8 @@ use std::{
     process::ExitCode,
     time::Duration,
 };
+
+use rustix::io::Errno;
 
 use clap::{
     CommandFactory as _, FromArgMatches as _, Parser, Subcommand,
@@ -100,7 +103,7 @@ pub fn run(arguments: Vec<OsString>, python: Option<PathBuf>) -> u8 {
         // `forkring updates | head -1`: the reader has what it wanted.
         Err(error) if error.is::<StdoutClosed>() => 0,
         Err(error) => {
-            say(format_args!("{error:#}"));
+            say(chain(&error));
             exit_code(&error)
         }
     }
@@ -115,16 +118,39 @@ fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
     Cli::from_arg_matches(&prepared(Cli::command()).try_get_matches_from(arguments)?)
 }
 
-/// A variable that is set to nothing is as good as one that is not set. A negative number is a value, which its option's
-/// parser refuses, and not an unknown option.
+/// A variable that is set to nothing is as good as one that is not set. What follows an option that takes a number, a size or a
+/// duration is its value, also if it begins with a hyphen: the option's parser knows best what is wrong with it.
 fn prepared(command: clap::Command) -> clap::Command {
     let prepare = |arg: clap::Arg| {
         let value = arg.get_env().and_then(env::var_os);
         let arg = if value.is_some_and(|value| value.is_empty()) { arg.env(None::<&str>) } else { arg };
-        let takes_value = arg.get_action().takes_values();
-        if takes_value { arg.allow_negative_numbers(true) } else { arg }
+        // Not for texts and paths, which have no parser that would refuse an option in their place.
+        let is_parsed = ![TypeId::of::<String>(), TypeId::of::<OsString>(), TypeId::of::<PathBuf>()]
+            .iter()
+            .any(|text| arg.get_value_parser().type_id() == *text);
+        match arg.get_action().takes_values() && is_parsed {
+            true if arg.is_positional() => arg.allow_negative_numbers(true),
+            true => arg.allow_hyphen_values(true),
+            false => arg,
+        }
     };
     command.mut_args(prepare).mut_subcommands(prepared)
+}
+
+/// An error and its causes in one line, each said once. Where files have run out, what to do about that.
+fn chain(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(|cause| cause.to_string()) {
+        if !line.ends_with(&cause) {
+            line.push_str(if line.is_empty() { "" } else { ": " });
+            line.push_str(&cause);
+        }
+    }
+    let errno = error.chain().find_map(|cause| Errno::from_io_error(cause.downcast_ref::<io::Error>()?));
+    if errno == Some(Errno::MFILE) {
+        line.push_str("; raise the limit of open files (ulimit -n), or serve with fewer --workers");
+    }
+    line
 }
 
 fn exit_code(error: &anyhow::Error) -> u8 {
@@ -219,6 +245,9 @@ fn refuse(error: &clap::Error, arguments: &[OsString]) -> u8 {
 
 /// Clap's paragraphs as one line: what is wrong, where it came from when that is not the command line, whom to ask.
 fn usage_line(error: &clap::Error, arguments: &[OsString]) -> String {
+    if error.kind() == ErrorKind::InvalidUtf8 {
+        return format!("{} is not UTF-8", not_text(arguments));
+    }
     let text = error.render().to_string();
     let what = text
         .lines()
@@ -241,6 +270,15 @@ fn usage_line(error: &clap::Error, arguments: &[OsString]) -> String {
     let origin = origin.map(|variable| format!(" (from {variable})")).unwrap_or_default();
     let name: String = commands.iter().skip(1).map(|command| format!("{} ", command.get_name())).collect();
     format!("{}{origin}; see `forkring {name}--help`", what.trim_start_matches("error: "))
+}
+
+/// Names the argument or the variable that is not UTF-8.
+fn not_text(arguments: &[OsString]) -> String {
+    if let Some(argument) = arguments.iter().find(|argument| argument.to_str().is_none()) {
+        return format!("the argument `{}`", argument.display());
+    }
+    let mut variables = env::vars_os().filter(|(name, value)| value.to_str().is_none() && variables::is_ours(name));
+    variables.next().map_or("an argument".to_owned(), |(name, _)| name.display().to_string())
 }
 
 /// The variable that gave `arg` (as clap prints it: `--capacity <ITEMS>`) its value, if it was not the command line.
@@ -293,6 +331,24 @@ mod tests {
         assert!(line(&["dead"]).ends_with("see `forkring dead --help`"));
         assert!(line(&["dead", "requeue"]).ends_with("see `forkring dead requeue --help`"));
         assert!(line(&["dead", "--addr", "x:1", "drop", "x"]).ends_with("see `forkring dead drop --help`"));
+    }
+
+    #[test]
+    fn a_cause_is_said_once_and_too_few_files_say_what_to_do() {
+        let files = || io::Error::from(Errno::MFILE);
+        let error = anyhow::Error::from(ServerError::from(SupervisorError::Io(files())));
+        let wanted =
+            "cannot supervise: Too many open files (os error 24); raise the limit of open files (ulimit -n), or";
+        assert!(chain(&error).starts_with(wanted), "{}", chain(&error));
+        assert_eq!(chain(&anyhow::anyhow!("b").context("a")), "a: b");
+    }
+
+    #[test]
+    fn what_is_not_text_is_named() {
+        use std::os::unix::ffi::OsStringExt as _;
+        let arguments = vec!["forkring".into(), "serve".into(), "--name".into(), OsString::from_vec(vec![b'a', 0xff])];
+        let error = Cli::try_parse_from(&arguments).expect_err("no text");
+        assert_eq!(usage_line(&error, &arguments), "the argument `a\u{fffd}` is not UTF-8");
     }
 
     #[test]

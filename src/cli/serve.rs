@@ -9,7 +9,6 @@ use std::{
     time::Duration,
 };
 
-use clap::builder::BoolishValueParser;
 use rustix::process::{Pid, Signal, getppid, set_parent_process_death_signal};
 use tracing_subscriber::{EnvFilter, filter::LevelFilter};
 
@@ -20,7 +19,7 @@ use super::{
 use crate::{
     config::{
         ATTEMPTS, Affinity, ByteSize, CAPACITY, CONNECTIONS, Config, InvalidValue, Listen, LogFormat, PoolSpec, RESETS,
-        Spin, Variable, WORKERS, parse_duration, whole_number,
+        Spin, Variable, WORKERS, parse_duration, parse_flag, whole_number,
     },
     server::Server,
 };
@@ -77,7 +76,7 @@ pub struct ServeArgs {
 
     /// Throw away what a server of this name that died has left, instead of finishing it
     #[arg(long, env = "FORKRING_FRESH", value_name = "BOOL", num_args = 0..=1, require_equals = true,
-          default_missing_value = "true", value_parser = BoolishValueParser::new())]
+          default_missing_value = "true", value_parser = parse_flag)]
     fresh: Option<bool>,
 
     /// A pool of workers and what they run; repeatable [env: FORKRING_POOLS, one pool a line]
@@ -139,12 +138,12 @@ pub struct ServeArgs {
 
     /// Import handlers in Python once, and fork the workers from there: they share that memory
     #[arg(long, env = "FORKRING_PRELOAD", value_name = "BOOL", num_args = 0..=1, require_equals = true,
-          default_missing_value = "true", value_parser = BoolishValueParser::new())]
+          default_missing_value = "true", value_parser = parse_flag)]
     preload: Option<bool>,
 
     /// For development: when a file changes that a handler in Python is imported from, replace its workers one by one
     #[arg(long, env = "FORKRING_RELOAD", value_name = "BOOL", num_args = 0..=1, require_equals = true,
-          default_missing_value = "true", value_parser = BoolishValueParser::new())]
+          default_missing_value = "true", value_parser = parse_flag)]
     reload: Option<bool>,
 
     /// Submitted items that may be pending or wait for subscribers [default: half the capacity]
@@ -174,7 +173,7 @@ pub struct ServeArgs {
 
     /// Log items that failed (by an exception, an exit code, a crash), at most ten lines a second and then how many more
     #[arg(long, env = "FORKRING_LOG_FAILURES", value_name = "BOOL", num_args = 0..=1, require_equals = true,
-          default_missing_value = "true", value_parser = BoolishValueParser::new())]
+          default_missing_value = "true", value_parser = parse_flag)]
     log_failures: Option<bool>,
 
     /// Drain when this process, our parent, ends
@@ -233,7 +232,7 @@ impl ServeArgs {
         if !self.pool.is_empty() {
             config.pools = self.pool;
         } else if environment().next().is_some() {
-            let parsed: Result<_, _> = environment().map(str::parse).collect();
+            let parsed: Result<_, _> = environment().map(|line| line.trim_start().parse()).collect();
             config.pools = parsed.map_err(|error| BadUsage(format!("{POOLS}: {error}")))?;
         }
         if config.pools.is_empty() {
@@ -299,9 +298,9 @@ fn log_to_stderr(format: LogFormat, filter: Option<&str>) -> anyhow::Result<()> 
         let levels = "give error, warn, info, debug, trace or off, or one for a module, as in forkring=debug";
         return Err(BadUsage(format!("{FILTER}: `{word}` is no level: {levels}")).into());
     }
-    let filter = EnvFilter::builder()
-        .parse(filter)
-        .map_err(|error| BadUsage(format!("{FILTER}: {error}; give a level such as info or forkring=debug")))?;
+    let filter = EnvFilter::builder().parse(filter).map_err(|_| {
+        BadUsage(format!("{FILTER}: `{filter}` is no filter: give a level such as info or forkring=debug"))
+    })?;
     let lines = tracing_subscriber::fmt().with_env_filter(filter).with_writer(io::stderr).with_target(false);
     // It would say on stderr that stderr cannot be written to, and panic because that cannot be said.
     let lines = lines.log_internal_errors(false);
@@ -409,7 +408,7 @@ mod tests {
             args.into_config(environment).map(|config| config.pools).map_err(|error| error.to_string())
         };
         assert_eq!(pools(&["a=echo"], Some("b=echo")), Ok(vec![pool("a=echo")]));
-        assert_eq!(pools(&[], Some("b=exec:a,b;c\n\nc:2=echo\n")), Ok(vec![pool("b=exec:a,b;c"), pool("c:2=echo")]));
+        assert_eq!(pools(&[], Some("b=exec:a,b;c\n\n  c:2=echo\n")), Ok(vec![pool("b=exec:a,b;c"), pool("c:2=echo")]));
         assert_eq!(pools(&[], Some("")), Ok(vec![pool("f=echo")]));
         assert_eq!(pools(&[], None), Ok(vec![pool("f=echo")]));
         let error = pools(&[], Some("what")).expect_err("not a pool");

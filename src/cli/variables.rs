@@ -1,6 +1,9 @@
 //! Variables `FORKRING_…` of the environment that nothing reads: most likely a name with a mistake in it.
 
-use std::{collections::BTreeSet, ffi::OsString};
+use std::{
+    collections::BTreeSet,
+    ffi::{OsStr, OsString},
+};
 
 use crate::{config::closest, contract};
 
@@ -38,6 +41,11 @@ pub fn unknown(command: &clap::Command, variables: impl Iterator<Item = (OsStrin
         None => "`forkring help serve` lists them".to_owned(),
     };
     Some(format!("{name} is not a variable of forkring: {hint}"))
+}
+
+/// Whether this is the name of a variable of ours, or like one.
+pub fn is_ours(name: &OsStr) -> bool {
+    name.as_encoded_bytes().starts_with(PREFIX.as_bytes())
 }
 
 /// Collects the variables of a command's options and of those of its commands.

@@ -17,6 +17,12 @@ pub enum ConfigError {
         /// Why not.
         source: std::io::Error,
     },
+    /// The file cannot be a configuration.
+    #[error("the configuration {} is not text in UTF-8 of at most {}", path.display(), super::LARGEST_FILE)]
+    NotText {
+        /// The file.
+        path: PathBuf,
+    },
     /// The file is not TOML, or has a key or a value that means nothing.
     #[error("{}:{line}:{column}: {message}", path.display())]
     Parse {

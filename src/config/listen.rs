@@ -66,6 +66,8 @@ impl FromStr for Listen {
             (1..=LONGEST_NAME).contains(&name.len())
                 && name.starts_with(|c: char| c.is_ascii_alphanumeric())
                 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
+                // What ends in a number is meant to be an address, and is none.
+                && !name.rsplit('.').next().is_some_and(|last| last.bytes().all(|b| b.is_ascii_digit()))
         };
         let host =
             text.rsplit_once(':').filter(|(name, port)| is_name(name) && port.bytes().all(|b| b.is_ascii_digit()));
@@ -118,6 +120,9 @@ mod tests {
             "http://a:1",
             "a/b:1",
             "ü:1",
+            "1.2.3:5",
+            "999.1.1.1:5",
+            "7:1",
         ] {
             assert!(text.parse::<Listen>().is_err(), "{text}");
         }

@@ -105,7 +105,12 @@ impl FromStr for PoolSpec {
             None => (head, None),
         };
         let pool = Self { name: name.to_owned(), workers, handler: handler.to_owned(), ..Self::default() };
-        pool.validate().map_err(|_| error())?;
+        pool.validate().map_err(|refusal| match refusal {
+            ConfigError::PoolName(_) if !name.is_empty() => {
+                units::invalid(name, "a pool's name: use 1 to 64 of A-Z, a-z, 0-9, ., _ and -")
+            }
+            _ => error(),
+        })?;
         Ok(pool)
     }
 }
@@ -137,6 +142,8 @@ mod tests {
             let pool = PoolSpec { name: name.into(), workers, handler: handler.into(), ..PoolSpec::default() };
             assert_eq!(text.parse(), Ok(pool), "{text}");
         }
+        let error = "é=echo".parse::<PoolSpec>().expect_err("no name").to_string();
+        assert!(error.starts_with("`é` is not a pool's name: use 1 to 64 of A-Z"), "{error}");
         for text in
             ["", "hash", "=echo", "hash=", "hash:=echo", "hash:x=echo", "hash:0=echo", "hash:1025=echo", "a b=echo"]
         {

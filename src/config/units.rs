@@ -145,6 +145,15 @@ fn split_unit(text: &str) -> (&str, &str) {
     (number, unit.trim_start())
 }
 
+/// Reads `true` or `false`, or another word for one of them.
+pub fn parse_flag(text: &str) -> Result<bool, InvalidValue> {
+    match text.to_ascii_lowercase().as_str() {
+        "true" | "t" | "yes" | "y" | "on" | "1" => Ok(true),
+        "false" | "f" | "no" | "n" | "off" | "0" => Ok(false),
+        _ => Err(invalid(text, "true or false")),
+    }
+}
+
 /// How long a process looks for work before it sleeps.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum Spin {
@@ -226,7 +235,7 @@ where
         type Value = T;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("one value")
+            f.write_str("one value belongs here, such as a number or a text in quotes")
         }
 
         fn visit_str<E: de::Error>(self, text: &str) -> Result<T, E> {
@@ -238,6 +247,14 @@ where
         }
 
         fn visit_u64<E: de::Error>(self, number: u64) -> Result<T, E> {
+            self.visit_str(&number.to_string())
+        }
+
+        fn visit_i128<E: de::Error>(self, number: i128) -> Result<T, E> {
+            self.visit_str(&number.to_string())
+        }
+
+        fn visit_u128<E: de::Error>(self, number: u128) -> Result<T, E> {
             self.visit_str(&number.to_string())
         }
 
@@ -254,7 +271,7 @@ where
         }
 
         fn visit_map<A: de::MapAccess<'de>>(self, _: A) -> Result<T, A::Error> {
-            Err(de::Error::custom("a table stands where one value belongs"))
+            Err(de::Error::custom("a table or date stands where one value belongs"))
         }
     }
 
@@ -268,11 +285,7 @@ pub(super) fn text<'de, D: Deserializer<'de>>(source: D) -> Result<String, D::Er
 
 /// For `#[serde(deserialize_with)]`.
 pub(super) fn flag<'de, D: Deserializer<'de>>(source: D) -> Result<bool, D::Error> {
-    from_text(source, |text| match text {
-        "true" => Ok(true),
-        "false" => Ok(false),
-        _ => Err(invalid(text, "true or false")),
-    })
+    from_text(source, parse_flag)
 }
 
 /// For `#[serde(deserialize_with)]`.
@@ -362,6 +375,18 @@ mod tests {
             assert_eq!(parse(text).map_err(|error| error.to_string()), Err(wanted));
         }
         assert_eq!(whole_number(0..=u64::MAX)("18446744073709551615"), Ok(u64::MAX));
+    }
+
+    #[test]
+    fn flags_are_read() {
+        for (text, flag) in [("true", true), ("FALSE", false), ("yes", true), ("off", false), ("1", true), ("0", false)]
+        {
+            assert_eq!(parse_flag(text), Ok(flag), "{text}");
+        }
+        for text in ["", "maybe", "2", "tru"] {
+            let wanted = format!("`{text}` is not true or false");
+            assert_eq!(parse_flag(text).map_err(|error| error.to_string()), Err(wanted));
+        }
     }
 
     #[test]

@@ -35,8 +35,18 @@ pub enum SegmentError {
         "/dev/shm/{PREFIX}{name} is not a segment of this program ({why}). Remove it with `rm`, or use another --name"
     )]
     Foreign { name: String, why: &'static str },
-    #[error("cannot {what} the segment /dev/shm/{PREFIX}{name}: {error}")]
+    #[error("cannot {what} the segment /dev/shm/{PREFIX}{name}: {error}{}", whose(error))]
     Io { what: &'static str, name: String, error: io::Error },
+}
+
+/// What to do about an error that is rather the directory's than the segment's.
+fn whose(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound | io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::StorageFull => {
+            "; `forkring doctor` says what /dev/shm lacks"
+        }
+        _ => "",
+    }
 }
 
 fn of(pid: Option<NonZeroU32>) -> String {

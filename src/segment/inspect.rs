@@ -4,7 +4,7 @@
 use std::{io, mem::size_of, num::NonZeroU32, os::fd::AsFd, sync::atomic::Ordering::Relaxed};
 
 use rustix::{
-    fs::{FlockOperation, Mode, flock, fstat},
+    fs::{FileType, FlockOperation, Mode, OFlags, flock, fstat},
     io::Errno,
     shm,
 };
@@ -12,6 +12,11 @@ use zerocopy::FromBytes;
 
 use super::{Geometry, Header, MAGIC, SegmentError, os_id};
 use crate::process;
+
+/// Flags that open whatever has the name of an object: links are not followed, and a pipe is not waited for.
+pub(super) fn as_it_is() -> shm::OFlags {
+    shm::OFlags::from_bits_retain((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits())
+}
 
 /// A copy of what is in an object, or none if it ends before.
 pub(super) fn read_at<T: FromBytes>(object: &impl AsFd, offset: u64) -> io::Result<Option<T>> {
@@ -66,14 +71,22 @@ pub struct SegmentInfo {
 /// Looks at a segment by name, and changes nothing.
 pub fn inspect(name: &str) -> Result<SegmentInfo, SegmentError> {
     let io = |what| move |error: io::Error| SegmentError::Io { what, name: name.to_owned(), error };
-    let object = shm::open(os_id(name), shm::OFlags::RDONLY, Mode::empty()).map_err(|e| io("open")(e.into()))?;
+    let foreign = |why| SegmentError::Foreign { name: name.to_owned(), why };
+    let object = match shm::open(os_id(name), shm::OFlags::RDONLY | as_it_is(), Mode::empty()) {
+        Ok(object) => object,
+        Err(Errno::LOOP) => return Err(foreign("it is a symbolic link")),
+        Err(error) => return Err(io("open")(error.into())),
+    };
+    let stat = fstat(&object).map_err(|e| io("look at")(e.into()))?;
+    if FileType::from_raw_mode(stat.st_mode) != FileType::RegularFile {
+        return Err(foreign("it is no regular file"));
+    }
     let alive = match flock(&object, FlockOperation::NonBlockingLockShared) {
         Ok(()) => false,
         Err(Errno::WOULDBLOCK) => true,
         Err(error) => return Err(io("lock")(error.into())),
     };
-    let size = fstat(&object).map_err(|e| io("look at")(e.into()))?.st_size as u64;
-    let mut info = SegmentInfo { alive, creator: None, size, abi: None };
+    let mut info = SegmentInfo { alive, creator: None, size: stat.st_size as u64, abi: None };
     if let Some(header) = Header::read(&object).map_err(io("read"))? {
         match header.magic.load(Relaxed) {
             MAGIC => {
@@ -82,7 +95,7 @@ pub fn inspect(name: &str) -> Result<SegmentInfo, SegmentError> {
             }
             // Being made, or its maker died before it was.
             0 => {}
-            _ => return Err(SegmentError::Foreign { name: name.to_owned(), why: "it has another magic number" }),
+            _ => return Err(foreign("it has another magic number")),
         }
     }
     Ok(info)

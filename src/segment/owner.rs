@@ -28,7 +28,7 @@ use std::{
 };
 
 use rustix::{
-    fs::{FallocateFlags, FlockOperation, Mode, Stat, fallocate, flock, fstat, ftruncate, statvfs},
+    fs::{FallocateFlags, FileType, FlockOperation, Mode, Stat, fallocate, flock, fstat, ftruncate, statvfs},
     io::Errno,
     process::geteuid,
     shm,
@@ -38,7 +38,7 @@ use shared_memory::{Shmem, ShmemConf};
 use super::{
     ABI, Access, DIRECTORY, Geometry, Header, Layout, MAGIC, MAKING, PAGE, SegmentError, View,
     identity::{PoolLine, PoolShape, differs},
-    inspect::read_at,
+    inspect::{as_it_is, read_at},
     os_id,
 };
 use crate::{crash_point::crash_point, process};
@@ -174,9 +174,10 @@ impl Taking<'_> {
         let began = Instant::now();
         let mut told = false;
         loop {
-            let flags = shm::OFlags::CREATE | shm::OFlags::RDWR;
+            let flags = shm::OFlags::CREATE | shm::OFlags::RDWR | as_it_is();
             let object = match shm::open(os_id(self.name), flags, Mode::RUSR | Mode::WUSR) {
                 Ok(object) => object,
+                Err(Errno::LOOP) => return Err(self.foreign("it is a symbolic link")),
                 Err(Errno::ACCESS) => return Err(self.foreign("it is another user's")),
                 Err(error) => return Err(self.io("open")(error.into())),
             };
@@ -210,6 +211,9 @@ impl Taking<'_> {
     /// What it is that was locked.
     fn look(&self, object: &OwnedFd) -> Result<Found, SegmentError> {
         let Stat { st_size, st_uid, st_mode, .. } = stat(self.name, object)?;
+        if FileType::from_raw_mode(st_mode) != FileType::RegularFile {
+            return Err(self.foreign("it is no regular file"));
+        }
         let others = Mode::WGRP | Mode::WOTH;
         if st_uid != geteuid().as_raw() || Mode::from_raw_mode(st_mode).intersects(others) {
             return Err(self.foreign("others may write to it"));
@@ -622,6 +626,21 @@ mod tests {
             }
             assert_eq!(fs::read(path).unwrap(), content);
         }
+        fs::remove_file(path).unwrap();
+
+        // What is no file at all is neither waited for nor followed.
+        let elsewhere = tempfile::NamedTempFile::new().unwrap();
+        let fifo = || rustix::fs::mknodat(rustix::fs::CWD, &**path, FileType::Fifo, Mode::from_raw_mode(0o600), 0);
+        let link = || rustix::fs::symlink(elsewhere.path(), &**path);
+        for (make, says) in [(&fifo as &dyn Fn() -> _, "it is no regular file"), (&link, "it is a symbolic link")] {
+            make().unwrap();
+            let error = SegmentOwner::take(name, GEOMETRY, &pools(), true).err().unwrap();
+            assert!(error.to_string().contains(says), "{error}");
+            let error = inspect(name).unwrap_err();
+            assert!(error.to_string().contains(says), "{error}");
+            fs::remove_file(path).unwrap();
+        }
+        assert_eq!(fs::metadata(elsewhere.path()).unwrap().len(), 0);
     }
 
     #[test]
