@@ -74,8 +74,8 @@ impl Client {
         Ok(Self::new(channel, Some(endpoint)))
     }
 
-    /// Connects like [`connect`](Self::connect), and waits up to `patience` for a server that is not there yet: it goes on
-    /// within 100 ms of the server's coming. After a second it logs that it waits.
+    /// Connects like [`connect`](Self::connect), and waits up to `patience` for a server that is not there yet: it connects
+    /// within 100 ms of the server's start. After a second it logs that it waits.
     ///
     /// ```standalone_crate
     /// # include!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/common/example.rs"));
@@ -96,7 +96,7 @@ impl Client {
         Self::connect_telling(addr, patience, tell).await
     }
 
-    /// The same; `tell` is called when it has waited for a second.
+    /// Connects like [`connect_within`](Self::connect_within), and calls `tell` when it has waited for a second.
     pub(crate) async fn connect_telling(
         addr: &str,
         patience: Duration,
@@ -426,10 +426,10 @@ mod tests {
             let patience = Duration::from_millis(50);
             let error = Client::connect_within(&addr, patience).await.expect_err("nobody listens").to_string();
             assert!(error.starts_with(&format!("cannot reach {addr}: Connection refused")), "{error}");
-            // Whoever waits longer is told of, and connects when somebody listens.
+            // A client that waits for a second calls `tell`, which starts the listener here.
             let listen = || socket.listen(1).expect("a listener");
             Client::connect_telling(&addr, Duration::from_secs(60), listen).await.expect("a connection");
-            // An address that means nothing will not come to mean something.
+            // No patience helps an invalid address.
             let error = Client::connect_within("nonsense", Duration::MAX).await.expect_err("no address");
             assert!(matches!(error, ConnectError::Address(_)));
         });

@@ -35,15 +35,15 @@ pub use sizes::Room;
 pub(crate) use suggest::closest;
 pub use units::{ByteSize, InvalidValue, LogFormat, Spin, format_duration, parse_duration, parse_flag, whole_number};
 
-/// How many items a server may hold.
+/// The allowed capacities, in items.
 pub const CAPACITY: RangeInclusive<u32> = 1..=MAX_ITEMS;
-/// How many workers a pool may have: as many as all pools may have together.
+/// The allowed numbers of workers of a pool. One pool may have as many as all pools together.
 pub const WORKERS: RangeInclusive<u16> = 1..=MAX_WORKERS as u16;
-/// How often an item may be given to a worker.
+/// The allowed numbers of attempts.
 pub const ATTEMPTS: RangeInclusive<u8> = 1..=u8::MAX;
-/// How many clients may be connected.
+/// The allowed numbers of connections.
 pub const CONNECTIONS: RangeInclusive<u32> = 1..=u32::MAX;
-/// How many streams a connection may reset in a minute.
+/// The allowed numbers of resets of a connection in a minute.
 pub const RESETS: RangeInclusive<u32> = 1..=u32::MAX;
 /// What a partition may have: the segment's own bounds, as round numbers.
 const ARENAS: RangeInclusive<u64> = 1 << 12..=1 << 36;
@@ -51,7 +51,7 @@ const ARENAS: RangeInclusive<u64> = 1 << 12..=1 << 36;
 const LETTERS: RangeInclusive<u64> = MIN_LETTER_BYTES..=1 << 36;
 /// The largest message that may be allowed: gRPC counts its bytes in 32 bits, and a result's other fields need room.
 pub const MAX_MESSAGE: u64 = u32::MAX as u64 - (1 << 20);
-/// No configuration is larger than this: a file that never ends, such as a device, is refused instead of being read.
+/// The largest configuration file. The bound keeps a device that never ends from being read into memory.
 const LARGEST_FILE: ByteSize = ByteSize::mib(1);
 /// A worker with less could not even start.
 const LEAST_MEMORY: ByteSize = ByteSize::mib(8);
@@ -87,9 +87,9 @@ pub struct Config {
     /// How many items may be in the server at a time. Default: 16384.
     #[serde(deserialize_with = "capacity")]
     pub capacity: u32,
-    /// Payload memory of each partition: one for the front's requests, one for each worker's results. Default: what makes the
-    /// segment a quarter of `/dev/shm`, but from 5 to 80 MiB, and never less than [`max_message`](Self::max_message)
-    /// needs. A server that adopts what a dead one left has that one's.
+    /// Payload memory of each partition: one for the front's requests, one for each worker's results. By
+    /// default the arenas share a quarter of `/dev/shm`, each of 5 to 80 MiB and never smaller than
+    /// [`max_message`](Self::max_message) needs. A server that adopts a segment keeps that segment's arenas.
     #[serde(deserialize_with = "units::some_size")]
     pub arena: Option<ByteSize>,
     /// The largest message, in and out; at most 8/9 of the arena. Default: see [`Config::max_message`].
@@ -149,7 +149,7 @@ pub struct Config {
     pub python: Option<PathBuf>,
     /// How log lines look. Default: [`LogFormat::Text`].
     pub log: LogFormat,
-    /// Whether items that failed are lines of the log, at most ten a second. Default: no.
+    /// Whether failed items are logged, at most ten a second. Default: no.
     #[serde(deserialize_with = "units::flag")]
     pub log_failures: bool,
     /// The pools with a built-in or a Python handler. Default: none. In a file: `[[pool]]`.
@@ -218,7 +218,7 @@ impl Config {
             let offset = error.span().map_or(0, |span| span.start).min(text.len());
             let before = text.get(..offset).unwrap_or_default();
             let line_start = before.rfind('\n').map_or(0, |at| at + 1);
-            // What another type was expected for is a sentence of its own here.
+            // For a value of a wrong type, the expectation is itself a sentence that says what to write.
             let problem = error.message();
             let problem = match problem.split_once(", expected ") {
                 Some((_, wanted)) if problem.starts_with("invalid type: ") => wanted,
@@ -246,17 +246,17 @@ impl Config {
         self.outbox.unwrap_or((self.capacity / 2).max(1))
     }
 
-    /// The largest message, in and out: 64 MiB unless set, or what fits if the arena is too small for that.
+    /// Returns the largest message, in and out. The default is 64 MiB, or what fits if the arena is smaller.
     pub fn max_message(&self) -> ByteSize {
         self.max_message.unwrap_or_else(|| sizes::default_max_message(self.arena))
     }
 
-    /// The arena: the default one for this much room, unless it is set.
+    /// Returns the arena: the configured one, or the default for this much room.
     pub fn arena_in(&self, room: Room) -> ByteSize {
         self.arena.unwrap_or_else(|| sizes::default_arena(room, self.max_message))
     }
 
-    /// The smallest arena that holds the largest message, if that is set; 0 if any arena will do.
+    /// Returns the smallest arena that holds the configured largest message, or 0 if none is configured.
     pub fn least_arena(&self) -> u64 {
         self.max_message.map_or(0, |message| sizes::arena_for(message.bytes()))
     }

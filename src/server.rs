@@ -69,7 +69,7 @@ impl fmt::Debug for ServerError {
         let mut text = self.to_string();
         let mut source = self.source();
         while let Some(cause) = source {
-            // Some say themselves what their source says.
+            // Some errors repeat their source in their own text.
             let cause_text = cause.to_string();
             if !text.ends_with(&cause_text) {
                 write!(f, ": {cause_text}")?;
@@ -80,7 +80,7 @@ impl fmt::Debug for ServerError {
     }
 }
 
-/// What to do about an address that cannot be listened on.
+/// Returns a hint for an address that the server cannot listen on.
 fn instead(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::AddrNotAvailable => {
@@ -335,7 +335,7 @@ impl Server {
         let shapes: Vec<_> = pools.iter().map(|pool| (pool.name.clone(), pool.workers)).collect();
         let terms = Terms { fresh: self.config.fresh, least_arena };
         let owner = SegmentOwner::take_with(&self.config.name, geometry, &shapes, terms)?;
-        // The default for the largest message follows from the arena that there is, also from an adopted one.
+        // An adopted segment may have other arenas; the default for the largest message follows from them.
         let arena = ByteSize::new(owner.layout().geometry().request_bytes);
         self.config.arena = Some(arena);
         let (mib, max_message) = (owner.layout().total().div_ceil(1 << 20), self.config.max_message());

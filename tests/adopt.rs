@@ -159,7 +159,7 @@ fn default_sizes_are_those_of_what_was_left() {
             ["FORKRING_ARENA", "FORKRING_MAX_MESSAGE"].iter().for_each(|variable| _ = command.env_remove(variable));
             command
         };
-        // A message that would not fit, and sizes that somebody asked for, are no defaults.
+        // A configured largest message that does not fit, and a configured arena, are not overridden.
         for (args, says) in [
             (["--pool", "echo=echo", "--max-message", "3MiB"], "served with --arena 3MiB, not "),
             (["--pool", "echo=echo", "--arena", "4MiB"], "served with --arena 3MiB, not 4MiB"),
@@ -170,7 +170,7 @@ fn default_sizes_are_those_of_what_was_left() {
         server.logged("adopted what a dead server left behind").await;
         let client = server.client().await;
         updates(&client, 3).await;
-        // Its largest message follows from the arena that it found.
+        // Its largest message follows from the arena of the adopted segment.
         let item = |bytes| WorkItem::new("echo", vec![1; bytes]);
         soon("an answer", client.call(item(2 << 20))).await.expect("a result");
         let error = soon("an answer", client.call(item(3 << 20))).await.expect_err("too large");

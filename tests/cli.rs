@@ -299,7 +299,7 @@ fn doctor_says_that_a_server_has_no_segment() {
     });
 }
 
-/// An address that nobody else can have meanwhile, as it is bound here; a server may listen there, too.
+/// Reserves an address: it is bound here, so that no other test gets it, and a server may listen there, too.
 fn reserved_address() -> (Socket, String) {
     let socket = Socket::new(Domain::IPV4, Type::STREAM, None).expect("a socket");
     socket.set_reuse_address(true).expect("a socket");

@@ -1,4 +1,4 @@
-//! `--log-failures`: items that failed are lines of the server's log.
+//! Tests of `--log-failures`, which logs failed items.
 
 mod common;
 
@@ -55,7 +55,7 @@ fn panics_and_deaths_are_failures_too_and_what_a_client_gave_up_is_not() {
         files.make("never");
         for says in [
             "item=1 pool=\"panic\" worker=0 attempts=1 reason=\"HANDLER_PANICKED\" error=",
-            // The supervisor ended it, and no worker.
+            // The supervisor completed this item, so that there is no worker to name.
             "item=2 pool=\"crash\" attempts=1 reason=\"WORKER_CRASHED\" error=",
         ] {
             let line = server.logged(says).await;

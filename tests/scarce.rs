@@ -100,7 +100,7 @@ fn default_sizes_follow_the_shm_that_there_is() {
         assert!((shm / 8..=shm / 4).contains(&size), "{size}");
         let client = server.client().await;
         assert_serves(&client, "echo").await;
-        // Also the largest message that any gRPC client sends by default.
+        // A message of almost 4 MiB, the default limit of gRPC clients, fits.
         let item = WorkItem::new("echo", vec![1; (4 << 20) - 1024]);
         assert_eq!(soon("an answer", client.call(item)).await.expect("a result").payload.len(), (4 << 20) - 1024);
         let log = server.drain().await;

@@ -14,7 +14,7 @@ use common::{
 };
 use nix::sys::signal::Signal;
 
-/// A host whose name no lookup takes over the network: a label has 63 letters at most.
+/// A host name that cannot be resolved, and for which no lookup uses the network: its label has more than 63 letters.
 const NO_HOST: &str = "a234567890b234567890c234567890d234567890e234567890f234567890g234567890";
 
 /// Starts a server that must refuse to start; no segment is left.
@@ -208,7 +208,7 @@ fn variables_that_others_set_are_no_mistakes() {
     run(async {
         let name = unique_name();
         let mut command = serve_command(&name, &["--pool", "echo=echo"]);
-        // Variables of other commands, of the tests and of Kubernetes, which describes a service named `forkring` so.
+        // Variables of other commands, of the tests, and those that Kubernetes sets for a service named `forkring`.
         for variable in [
             "FORKRING_ADDR",
             "FORKRING_BIN",

@@ -254,7 +254,7 @@ fn segments(only: Option<&str>) -> Check {
     Check::warn(name, detail, format!("{fix}, or with --fresh to throw that away; or rm {paths}"))
 }
 
-/// The failure if the server that was named has no segment, or one that cannot be looked at.
+/// Returns a failed check if the named server has no segment, or one that cannot be inspected.
 fn missing(server: &str) -> Option<Check> {
     let error = segment::inspect(server).err()?;
     let path = format!("{SHM}/{PREFIX}{server}");
@@ -271,7 +271,7 @@ fn missing(server: &str) -> Option<Check> {
     Some(Check::fail("segments", detail, fix))
 }
 
-/// The names of the servers that have a segment, in order.
+/// Lists the names of the servers that have a segment, in alphabetical order.
 fn servers() -> io::Result<Vec<String>> {
     let mut servers = Vec::new();
     for entry in fs::read_dir(SHM)? {

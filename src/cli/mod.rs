@@ -118,13 +118,13 @@ fn parse(arguments: &[OsString]) -> Result<Cli, clap::Error> {
     Cli::from_arg_matches(&prepared(Cli::command()).try_get_matches_from(arguments)?)
 }
 
-/// A variable that is set to nothing is as good as one that is not set. What follows an option that takes a number, a size or a
-/// duration is its value, also if it begins with a hyphen: the option's parser knows best what is wrong with it.
+/// Treats empty variables as unset. Also lets the values of parsed options (numbers, sizes, durations) begin with a hyphen, so that
+/// `--grace -5s` is answered by the parser of durations and not as an unknown option.
 fn prepared(command: clap::Command) -> clap::Command {
     let prepare = |arg: clap::Arg| {
         let value = arg.get_env().and_then(env::var_os);
         let arg = if value.is_some_and(|value| value.is_empty()) { arg.env(None::<&str>) } else { arg };
-        // Not for texts and paths, which have no parser that would refuse an option in their place.
+        // Options that take a text or a path have no parser that would refuse another option in its place.
         let is_parsed = ![TypeId::of::<String>(), TypeId::of::<OsString>(), TypeId::of::<PathBuf>()]
             .iter()
             .any(|text| arg.get_value_parser().type_id() == *text);
@@ -137,7 +137,8 @@ fn prepared(command: clap::Command) -> clap::Command {
     command.mut_args(prepare).mut_subcommands(prepared)
 }
 
-/// An error and its causes in one line, each said once. Where files have run out, what to do about that.
+/// Formats an error and its causes as one line that repeats nothing. If the process ran out of file descriptors, the line says how to
+/// raise the limit.
 fn chain(error: &anyhow::Error) -> String {
     let mut line = String::new();
     for cause in error.chain().map(|cause| cause.to_string()) {
@@ -258,7 +259,7 @@ fn usage_line(error: &clap::Error, arguments: &[OsString]) -> String {
         .collect::<Vec<_>>()
         .join(" ");
     let cli = Cli::command();
-    // The command that was named, and a command of that one.
+    // The root, the command that was named, and its subcommand.
     let mut commands = vec![&cli];
     for argument in arguments.iter().skip(1) {
         commands.extend(commands[commands.len() - 1].find_subcommand(argument));

@@ -171,7 +171,7 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_LOG_FORMAT", value_name = "FORMAT")]
     log: Option<LogFormat>,
 
-    /// Log items that failed (by an exception, an exit code, a crash), at most ten lines a second and then how many more
+    /// Log failed items (exceptions, exit codes, crashes): at most ten lines a second, and one that counts the rest
     #[arg(long, env = "FORKRING_LOG_FAILURES", value_name = "BOOL", num_args = 0..=1, require_equals = true,
           default_missing_value = "true", value_parser = parse_flag)]
     log_failures: Option<bool>,

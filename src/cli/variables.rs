@@ -1,4 +1,4 @@
-//! Variables `FORKRING_…` of the environment that nothing reads: most likely a name with a mistake in it.
+//! Finds variables `FORKRING_…` in the environment that no option has, which are most likely misspelt.
 
 use std::{
     collections::BTreeSet,
@@ -9,9 +9,9 @@ use crate::{config::closest, contract};
 
 use super::serve::{FILTER, POOLS};
 
-/// What the names of all our variables begin with.
+/// The prefix of all variables of this program.
 const PREFIX: &str = "FORKRING_";
-/// Variables that no option has: those of the server itself, of worker programs, and of tests.
+/// Variables that belong to no option, but to the server itself, to worker programs or to the tests.
 const OTHERS: [&str; 10] = [
     POOLS,
     FILTER,
@@ -24,16 +24,16 @@ const OTHERS: [&str; 10] = [
     "FORKRING_PASSES",
     "FORKRING_SINCE",
 ];
-/// What the names of variables begin with that steer the tests.
+/// The prefix of variables that control the tests.
 const TESTS: &str = "FORKRING_TEST_";
 
-/// Says which of these variables nothing reads, if there is one, and what was probably meant.
+/// Returns a line about the first variable that nothing reads, with the name that was probably meant.
 pub fn unknown(command: &clap::Command, variables: impl Iterator<Item = (OsString, OsString)>) -> Option<String> {
     let mut known = BTreeSet::from(OTHERS.map(str::to_owned));
     collect(command, &mut known);
     let ours = variables.map(|(name, value)| (name.to_string_lossy().into_owned(), value));
     let ours = ours.filter(|(name, _)| name.starts_with(PREFIX) && !name.starts_with(TESTS) && !known.contains(name));
-    // The first by name, so that the same environment is always answered by the same line.
+    // The smallest name is reported, so that the same environment always produces the same line.
     let (name, _) = ours.filter(|(name, value)| !is_of_a_service(name, &value.to_string_lossy())).min()?;
     let suffixes = known.iter().filter_map(|name| name.strip_prefix(PREFIX));
     let hint = match closest(&name[PREFIX.len()..], suffixes) {
@@ -43,7 +43,7 @@ pub fn unknown(command: &clap::Command, variables: impl Iterator<Item = (OsStrin
     Some(format!("{name} is not a variable of forkring: {hint}"))
 }
 
-/// Whether this is the name of a variable of ours, or like one.
+/// Returns whether a variable has this program's prefix.
 pub fn is_ours(name: &OsStr) -> bool {
     name.as_encoded_bytes().starts_with(PREFIX.as_bytes())
 }
@@ -54,7 +54,7 @@ fn collect(command: &clap::Command, names: &mut BTreeSet<String>) {
     command.get_subcommands().for_each(|command| collect(command, names));
 }
 
-/// Whether Kubernetes sets this variable in every pod because there is a service whose name begins with `forkring`:
+/// Returns whether Kubernetes sets this variable, as it does in every pod for a service whose name begins with `forkring`:
 /// `FORKRING_SERVICE_HOST`, `FORKRING_SERVICE_PORT_GRPC`, `FORKRING_PORT_50051_TCP_ADDR`, and a URL in `FORKRING_PORT`.
 fn is_of_a_service(name: &str, value: &str) -> bool {
     let is_address = || {

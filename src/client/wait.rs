@@ -7,15 +7,15 @@ use tokio::time::{Instant, sleep, timeout_at};
 use super::ConnectError;
 use crate::config::format_duration;
 
-/// When a client that waits says so.
+/// The delay after which a waiting client says that it waits.
 const TELL_AFTER: Duration = Duration::from_secs(1);
-/// The pause after the first attempt, which each further attempt doubles.
+/// The pause after the first attempt. Each further attempt doubles it.
 const FIRST_PAUSE: Duration = Duration::from_millis(5);
-/// The longest pause between two attempts: a client goes on that soon after its server has come.
+/// The longest pause between two attempts, and so the longest delay between a server's start and the connection.
 const LONGEST_PAUSE: Duration = Duration::from_millis(80);
 
-/// Tries to connect until that succeeds, or fails for good, or `patience` is over; at least once. The error is that of the
-/// last attempt. After a second it calls `tell`, once.
+/// Tries to connect, at least once, until an attempt succeeds, an attempt fails for good, or `patience` is over. Returns the error of
+/// the last attempt. After a second it calls `tell` once.
 pub(crate) async fn until_connected<T>(
     addr: &str,
     patience: Duration,
@@ -55,7 +55,7 @@ pub(crate) async fn until_connected<T>(
     match (ended, last) {
         (Some(ended), _) => ended,
         (None, Some(error)) => Err(error),
-        // Not even the first attempt has ended.
+        // The first attempt has not ended yet.
         (None, None) => {
             let cause = format!("no answer within {}", format_duration(patience));
             Err(ConnectError::Unreachable { addr: addr.to_owned(), cause })

@@ -1,4 +1,4 @@
-//! Where a server listens: an address, or the name of a host that is resolved when the server binds.
+//! The address that a server listens on: an IP address, or a host name that is resolved when the server binds.
 
 use std::{
     fmt, io,
@@ -13,10 +13,10 @@ use super::{InvalidValue, units};
 /// The longest name of a host that DNS knows.
 const LONGEST_NAME: usize = 253;
 
-/// Where a server listens, written `IP:PORT` or `HOST:PORT`.
+/// The address that a server listens on, written `IP:PORT` or `HOST:PORT`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Listen {
-    /// An address as it is.
+    /// An IP address and a port.
     Address(SocketAddr),
     /// A host that is looked up when the server binds.
     Host {
@@ -28,8 +28,8 @@ pub enum Listen {
 }
 
 impl Listen {
-    /// Looks the host up, if it is one, and returns the first of its addresses. `localhost` is 127.0.0.1 where it has both
-    /// that and ::1, as it is for clients that try one address only.
+    /// Looks the host up, if it is one, and returns the first of its addresses. For `localhost` it
+    /// prefers 127.0.0.1 over ::1, which clients that try only one address expect.
     pub fn resolve(&self) -> io::Result<SocketAddr> {
         match self {
             Listen::Address(address) => Ok(*address),
@@ -66,7 +66,7 @@ impl FromStr for Listen {
             (1..=LONGEST_NAME).contains(&name.len())
                 && name.starts_with(|c: char| c.is_ascii_alphanumeric())
                 && name.bytes().all(|b| b.is_ascii_alphanumeric() || b"._-".contains(&b))
-                // What ends in a number is meant to be an address, and is none.
+                // A name whose last label is a number is a misspelt IP address.
                 && !name.rsplit('.').next().is_some_and(|last| last.bytes().all(|b| b.is_ascii_digit()))
         };
         let host =

@@ -1,11 +1,11 @@
-//! Sizes that the configuration leaves open: they follow from how much shared memory the machine has.
+//! Default sizes: the arenas and the largest message follow from how much shared memory the machine has.
 //!
 //! They go by the *size* of `/dev/shm` and not by what is free in it. So a server that is started again chooses the same
 //! sizes whatever else has been reserved meanwhile, among it the segment that a killed predecessor left for it to adopt.
 
 use super::ByteSize;
 
-/// Of `/dev/shm`, the part that a server with default sizes takes: one in so many.
+/// A server with default sizes takes one part in so many of `/dev/shm`.
 const SHARE: u64 = 4;
 /// The most that a partition gets by default.
 const MOST_ARENA: u64 = 80 << 20;
@@ -15,21 +15,21 @@ const LEAST_ARENA: u64 = 5 << 20;
 /// The largest message by default, if the arena has room for it.
 const MOST_MESSAGE: u64 = 64 << 20;
 
-/// What the default sizes depend on.
+/// The quantities from which the default sizes are computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Room {
     /// Bytes of `/dev/shm`, free or not.
     pub shm: u64,
     /// Bytes that a segment needs beside its partitions.
     pub fixed: u64,
-    /// How many partitions a segment has: one for requests, one for each worker's results.
+    /// The number of partitions of a segment: one for requests and one for each worker's results.
     pub partitions: u64,
 }
 
-/// Returns how large each partition is by default. The largest message always fits, if somebody chose one.
+/// Returns how large each partition is by default. A configured largest message always fits.
 pub(super) fn default_arena(room: Room, max_message: Option<ByteSize>) -> ByteSize {
     let share = (room.shm / SHARE).saturating_sub(room.fixed) / room.partitions.max(1);
-    // In whole MiB, for people to read.
+    // Whole MiB are easier to read.
     let arena = (share & !((1 << 20) - 1)).max(LEAST_ARENA);
     let Some(max_message) = max_message.map(ByteSize::bytes) else { return ByteSize::new(arena.min(MOST_ARENA)) };
     // A quarter more than the largest message, so that others fit beside it, as in the largest default sizes.
@@ -49,7 +49,7 @@ pub(super) fn arena_for(max_message: u64) -> u64 {
     (max_message * 9).div_ceil(8)
 }
 
-/// Returns the largest message that an arena holds; in whole KiB if that is anything, for people to read.
+/// Returns the largest message that an arena holds; rounded down to whole KiB unless that is 0.
 pub(super) fn largest_message(arena: u64) -> u64 {
     let fits = (u128::from(arena) * 8 / 9) as u64;
     if fits < 1024 { fits } else { fits & !1023 }
@@ -75,7 +75,7 @@ mod tests {
             (24 * GIB, 1024, None, 5 * MIB, 4551 << 10),
             (0, 1, None, 5 * MIB, 4551 << 10),
             (u64::MAX, 1, None, 80 * MIB, 64 * MIB),
-            // A message that somebody chose fits, whatever the share is.
+            // A configured largest message fits, whatever the share is.
             (GIB, 4, Some(64 * MIB), 72 * MIB, 64 * MIB),
             (24 * GIB, 256, Some(64 * MIB), 72 * MIB, 64 * MIB),
             (16 * GIB, 4, Some(128 * MIB), 160 * MIB, 128 * MIB),

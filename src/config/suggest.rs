@@ -1,6 +1,6 @@
-//! What a word that means nothing was probably meant to be.
+//! Suggestions for misspelt words.
 
-/// Returns the known word that is most like `given`, if one is like it at all: at most a third of its letters are other ones.
+/// Returns the known word that is most similar to `given`, if the edit distance is at most a third of the longer word.
 pub(crate) fn closest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>) -> Option<&'a str> {
     let given: Vec<char> = given.to_lowercase().chars().collect();
     let distances = known.into_iter().map(|word| {
@@ -11,7 +11,8 @@ pub(crate) fn closest<'a>(given: &str, known: impl IntoIterator<Item = &'a str>)
     alike.min_by_key(|(distance, ..)| *distance).map(|(.., word)| word)
 }
 
-/// Returns how many letters have to be inserted, removed, replaced or swapped with their neighbours to make `b` of `a`.
+/// Returns the edit distance: how many letters have to be inserted, removed, replaced or swapped with a neighbour to turn
+/// `a` into `b`.
 fn distance(a: &[char], b: &[char]) -> usize {
     // One row for each prefix of `a`: its distance to each prefix of `b`.
     let mut rows = vec![(0..=b.len()).collect::<Vec<_>>()];

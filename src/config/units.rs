@@ -35,7 +35,7 @@ where
 {
     move |text| {
         let digits = text.trim();
-        // Without a sign, which the standard library's parsers accept.
+        // The standard library's parsers accept a sign, which is refused here.
         let number = digits.parse().ok().filter(|_| digits.bytes().all(|b| b.is_ascii_digit()));
         number.filter(|number| range.contains(number)).ok_or_else(|| {
             let wanted = format!("a whole number from {} to {}", range.start(), range.end());
@@ -308,7 +308,7 @@ pub(super) fn some_size<'de, D: Deserializer<'de>>(source: D) -> Result<Option<B
     ByteSize::deserialize(source).map(Some)
 }
 
-/// Names with their values. For `#[serde(deserialize_with)]`.
+/// Reads names with their values, for `#[serde(deserialize_with)]`.
 pub(super) fn variables<'de, D: Deserializer<'de>>(source: D) -> Result<BTreeMap<String, String>, D::Error> {
     struct Value(String);
 

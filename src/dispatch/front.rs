@@ -207,7 +207,7 @@ impl<'s> Front<'s> {
         self.known[(index - self.first) as usize].payload_len.into()
     }
 
-    /// The pool of an item.
+    /// Returns the pool of an item.
     pub fn pool(&self, index: u32) -> u16 {
         u16::from(self.known[(index - self.first) as usize].word.lane()) / PRIORITIES as u16
     }

@@ -1,8 +1,8 @@
-//! Failed items as lines of the server's log (`--log-failures`), a bounded number of them a second.
+//! Logs failed items (`--log-failures`), a bounded number of them a second.
 //!
-//! The client of an item is told why it failed in any case. These lines are for whoever runs the server: what fails, in
-//! which pool, at which worker. A handler that fails for every item must not fill a disk, so of each second only the first
-//! [`LINES`] failures have a line, and the others are counted in one more at its end.
+//! An item's client learns why the item failed in any case. The log is for the operator of the server and says which items fail, in
+//! which pool, at which worker. A handler that fails for every item must not fill a disk: in each second only the first
+//! [`LINES`] failures have a line, and one more line counts the others.
 
 use std::{cell::RefCell, rc::Rc, time::Duration};
 
@@ -15,20 +15,20 @@ use crate::{
     segment::INLINE,
 };
 
-/// How many failures have lines of their own in a [`WINDOW`].
+/// The number of failures that have lines of their own in a [`WINDOW`].
 const LINES: u32 = 10;
-/// In nanoseconds, as all times on the clock of [`now`].
+/// The length of a window in nanoseconds, the unit of [`now`].
 const WINDOW: u64 = 1_000_000_000;
-/// Reasons that are no failure of a handler: the client gave the item up, or too little time.
+/// Reasons that blame no handler: the client cancelled the item or gave it too little time.
 const OF_CLIENTS: [&str; 2] = ["CANCELLED", "DEADLINE_EXCEEDED"];
 
-/// What becomes of a failure.
+/// The limiter's decision about a failure.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Verdict {
-    /// It has a line of its own.
+    /// The failure has a line of its own.
     Write,
-    /// It is only counted. `first`: none was in this window before it, so that the count is to be written when the window
-    /// ends.
+    /// The failure is only counted. `first` is true for the first one since the count was written, so that the caller
+    /// schedules the next count.
     Count { first: bool },
 }
 
@@ -59,12 +59,12 @@ impl Limiter {
     }
 }
 
-/// The log of failed items.
+/// Logs failed items.
 #[derive(Debug, Default)]
 pub struct FailureLog(RefCell<Limiter>);
 
 impl FailureLog {
-    /// Logs a completed item, if it failed by its handler's or its worker's doing.
+    /// Logs a completed item if its handler or its worker failed.
     pub fn log(self: &Rc<Self>, completion: &Completion, front: &Front<'_>, pools: &[String]) {
         if completion.outcome == Outcome::Success {
             return;
@@ -100,7 +100,7 @@ impl FailureLog {
     }
 }
 
-/// A front that ends does not wait for the end of a window.
+/// Writes the count of an unfinished window when the front ends.
 impl Drop for FailureLog {
     fn drop(&mut self) {
         self.write_count();
@@ -109,9 +109,9 @@ impl Drop for FailureLog {
 
 fn write(completion: &Completion, failure: &Refusal, front: &Front<'_>, pools: &[String]) {
     let pool = pools.get(usize::from(front.pool(completion.index))).map_or("", String::as_str);
-    // Not there if a supervisor completed the item, as when all of its workers died.
+    // The supervisor completes an item whose workers have all died; then there is no worker to name.
     let worker = (completion.worker != SUPERVISOR).then_some(completion.worker);
-    // As fields, which are written in quotes: whatever a handler says is one line.
+    // Text fields are quoted, so that a handler's message cannot break the line.
     let (reason, error) = (&*failure.reason, &*failure.message);
     let (at, traceback) = (last_frame(&failure.traceback), last_line(&failure.traceback));
     let attempts = completion.attempts;
@@ -136,8 +136,8 @@ mod tests {
     fn so_many_lines_a_second_and_the_rest_is_counted() {
         const MS: u64 = WINDOW / 1000;
         let mut limiter = Limiter::default();
-        // At these milliseconds: how many failures come, how many of them are written, and whether one is the first to be
-        // counted since the count was taken.
+        // At each of these milliseconds: how many failures come, how many are written, and whether one of them is the first that is
+        // counted.
         for (at, come, written, is_first) in [
             (0, 1, 1, false),
             (1, 8, 8, false),

@@ -144,7 +144,7 @@ pub struct Hub {
     pub pools: Vec<String>,
     pub max_message: usize,
     pub body_timeout: Duration,
-    /// Where failed items are logged, if they are.
+    /// Logs failed items, if `--log-failures` is set.
     failures: Option<Rc<FailureLog>>,
     outbox: usize,
     outbox_bytes: u64,

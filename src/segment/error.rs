@@ -39,7 +39,7 @@ pub enum SegmentError {
     Io { what: &'static str, name: String, error: io::Error },
 }
 
-/// What to do about an error that is rather the directory's than the segment's.
+/// Returns a hint for errors that concern `/dev/shm` rather than the segment.
 fn whose(error: &io::Error) -> &'static str {
     match error.kind() {
         io::ErrorKind::NotFound | io::ErrorKind::ReadOnlyFilesystem | io::ErrorKind::StorageFull => {

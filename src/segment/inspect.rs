@@ -13,7 +13,7 @@ use zerocopy::FromBytes;
 use super::{Geometry, Header, MAGIC, SegmentError, os_id};
 use crate::process;
 
-/// Flags that open whatever has the name of an object: links are not followed, and a pipe is not waited for.
+/// Returns the flags that keep an open from following a symbolic link and from waiting for a pipe's writer.
 pub(super) fn as_it_is() -> shm::OFlags {
     shm::OFlags::from_bits_retain((OFlags::NOFOLLOW | OFlags::NONBLOCK).bits())
 }

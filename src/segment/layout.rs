@@ -17,7 +17,7 @@ use crate::ring::INDEX_BITS;
 pub const PRIORITIES: u32 = 4;
 /// The most pools of a segment: lanes are numbered in 8 bits of an item's word.
 pub const MAX_POOLS: u32 = 64;
-/// The most workers of a segment, in however many pools: a pool's bitmaps have a bit for each.
+/// The most workers of a segment, in however many pools. The bitmaps of each pool have a bit for every one of them.
 pub const MAX_WORKERS: u32 = 1024;
 /// The most fronts of a segment.
 pub const MAX_FRONTS: u32 = 64;
@@ -33,7 +33,7 @@ const BYTES_PER_LETTER: u64 = 1024;
 
 /// What no two processes share for writing.
 pub(super) const BLOCK: u64 = 128;
-/// A pool's bitmap of sleeping workers, and behind it the one of spinning workers. Each has blocks of its own.
+/// Bytes of a bitmap. A pool has two in blocks of their own: sleeping workers, and behind them spinning workers.
 pub(super) const BITMAP: u64 = (MAX_WORKERS as u64 / 8).next_multiple_of(BLOCK);
 pub(super) const PAGE: u64 = 4096;
 

@@ -345,7 +345,7 @@ impl Segment {
         self.bitmap(pool, 1)
     }
 
-    /// Returns one of a pool's two bitmaps: as many words as the segment's workers need, as no pool has more of them.
+    /// Returns one of a pool's two bitmaps, with as many words as the workers of the whole segment need.
     fn bitmap(&self, pool: u16, number: u64) -> &[AtomicU64] {
         assert!(u32::from(pool) < self.layout.geometry.pools, "no such pool");
         let words = self.layout.geometry.workers.div_ceil(64) as usize;

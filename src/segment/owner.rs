@@ -69,7 +69,7 @@ impl SegmentOwner {
         Self::take_with(name, geometry, pools, Terms { fresh, least_arena: None })
     }
 
-    /// Takes the segment of that name like [`take`](Self::take), on these terms.
+    /// Takes the segment of that name, as [`take`](Self::take) does, on these terms.
     pub fn take_with(name: &str, geometry: Geometry, pools: &[PoolShape], terms: Terms) -> Result<Self, SegmentError> {
         let mut taking = Taking { name, layout: Layout::of(geometry)?, pools };
         let object = taking.lock()?;
@@ -127,17 +127,16 @@ impl SegmentOwner {
     }
 }
 
-/// What a server that takes a segment does with one that a dead server left.
+/// The terms on which a server takes a segment that a dead server left.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Terms {
-    /// Whether it throws the segment away instead of adopting it.
+    /// Whether the server throws the segment away instead of adopting it.
     pub fresh: bool,
-    /// The smallest arenas that will do, if it adopts the segment whatever the size of its arenas is. `None`: only arenas of the
-    /// size that it wants.
+    /// The smallest arenas that the server accepts in place of its own size. `None`: it accepts only arenas of its own size.
     pub least_arena: Option<u64>,
 }
 
-/// Lays a segment out with the arenas of one that was left, if they are large enough.
+/// Returns the wanted layout with the arenas of the left segment, if those are large enough.
 fn with_arenas_of(left: &Header, least: u64, wanted: Geometry) -> Option<Layout> {
     let Geometry { request_bytes, result_bytes, .. } = left.geometry();
     let is_enough = request_bytes == result_bytes && request_bytes >= least;
@@ -292,7 +291,7 @@ impl Taking<'_> {
         Ok(())
     }
 
-    /// Warns of a reservation that leaves others little of the `free` bytes that there were.
+    /// Logs a warning if the reservation took more than half of the bytes that were free before it.
     fn tell_of_size(&self, free: u64) {
         let reserved = self.layout.total;
         if leaves_little(reserved, free) {
@@ -535,7 +534,7 @@ mod tests {
         for (geometry, least, says) in [
             (wanted, None, "--arena 1MiB, not 3MiB. Start"),
             (wanted, Some((1 << 20) + 1), "--arena 1MiB, not 3MiB. Start"),
-            // What differs beside it is told, and the arenas are not.
+            // Other differences are reported, and the arenas are not.
             (Geometry { items: 65, ..wanted }, Some(0), "served with --capacity 64, not 65. Start"),
         ] {
             let error = take(geometry, least).err().unwrap().to_string();
@@ -628,7 +627,7 @@ mod tests {
         }
         fs::remove_file(path).unwrap();
 
-        // What is no file at all is neither waited for nor followed.
+        // A pipe is not waited for, and a symbolic link is not followed.
         let elsewhere = tempfile::NamedTempFile::new().unwrap();
         let fifo = || rustix::fs::mknodat(rustix::fs::CWD, &**path, FileType::Fifo, Mode::from_raw_mode(0o600), 0);
         let link = || rustix::fs::symlink(elsewhere.path(), &**path);
