@@ -17,6 +17,7 @@
 //! Children block both signals: a Ctrl-C goes to the whole process group, and only the supervisor may decide.
 
 mod crash_loop;
+mod death;
 mod nursery;
 mod orphans;
 pub(crate) mod overdue;
@@ -28,31 +29,29 @@ use std::{
     io,
     mem::take,
     net::TcpListener,
+    ops::Range,
     os::fd::{AsFd, BorrowedFd},
-    os::unix::process::ExitStatusExt,
-    process::ExitStatus,
     sync::Arc,
     time::{Duration, Instant},
 };
 
-use nix::sys::signal::Signal;
 use rustix::{
     event::{PollFd, PollFlags, poll},
     io::Errno,
 };
-use tonic::Code;
 
 use crate::{
     config::{Config, Place},
     crash_point::crash_point,
-    dispatch::{self, Bells, DeadLetters, Death, Failure, Left, Topology, sweep_front, sweep_worker},
+    dispatch::{self, Bells, DeadLetters, Death, Left, Swept, Topology, sweep_front, sweep_worker},
     doorbell::Bell,
     handler::Handler,
     process::{Child, ForkError},
     program::Program,
     segment::{Liveness, Segment, SegmentError, SegmentOwner, Slot, Stage},
 };
-use crash_loop::{Record, Verdicts};
+use crash_loop::{DiedOf, Record, Suspects, Use, Verdicts};
+use death::{Cause, Items, Process};
 use nursery::Nursery;
 use orphans::Orphans;
 use overdue::Watch;
@@ -179,6 +178,8 @@ pub struct Supervisor {
     letters: DeadLetters,
     watch: Watch,
     verdicts: Verdicts,
+    /// The items that workers died of, for each pool.
+    suspects: Vec<Suspects>,
     nurseries: Vec<Nursery>,
     /// If there are nurseries.
     orphans: Option<Orphans>,
@@ -234,6 +235,7 @@ impl Supervisor {
         let timeouts = pools.iter().flat_map(|pool| (0..pool.workers).map(|_| pool.item_timeout));
         let watch = Watch::new(timeouts)?;
         let (config, verdicts) = (Arc::new(config), Verdicts::default());
+        let suspects = pools.iter().map(|_| Suspects::default()).collect();
         let reload = if apps.is_empty() { None } else { Some(Reload::new(apps)?) };
         let has_nursery = |pool: &PoolPlan| matches!(&pool.work, Work::Program(program) if program.has_nursery());
         let nurseries = (0_u16..).zip(&pools).filter(|(_, pool)| has_nursery(pool));
@@ -250,6 +252,7 @@ impl Supervisor {
             letters,
             watch,
             verdicts,
+            suspects,
             nurseries,
             orphans: None,
             reload,
@@ -461,15 +464,18 @@ impl Supervisor {
         self.segment.set_liveness(slot, Liveness::Dead);
         crash_point!("supervisor.dead");
         // How it died is known before it is reaped, and the failure of its items should say so.
-        let status = child.peek()?;
-        let (mut was_ended, mut has_completed) = (false, false);
+        let (pid, status) = (child.pid(), child.peek()?);
+        let item_timeout = match slot {
+            Slot::Worker(worker) => self.watch.bury(worker),
+            Slot::Front(_) | Slot::Supervisor => None,
+        };
+        let cause = Cause::new(status, item_timeout);
+        let mut has_completed = false;
         let swept = match slot {
             Slot::Worker(worker) => {
-                let timeout = self.watch.bury(worker);
-                was_ended = timeout.is_some();
                 has_completed = self.segment.returned(worker) != self.seats[at].returned;
-                let failure = timeout.unwrap_or_else(|| crashed(status));
-                let death = Death { worker, pid: child.pid(), status, failure };
+                let failure = cause.failure(worker);
+                let death = Death { worker, pid, status, cause: cause.to_string(), failure };
                 let max_attempts = self.config.max_attempts.into();
                 sweep_worker(&self.segment, &self.topology, &self.bells, &death, max_attempts, &mut self.letters)
             }
@@ -480,7 +486,6 @@ impl Supervisor {
             Slot::Supervisor => Default::default(),
         };
         crash_point!("supervisor.swept");
-        let pid = child.pid();
         child.reap()?;
         crash_point!("supervisor.reaped");
         self.segment.set_liveness(slot, Liveness::Free);
@@ -492,49 +497,114 @@ impl Supervisor {
         let process = seat.name.as_str();
         let is_front = matches!(slot, Slot::Front(_));
         if stage == Stage::Stopping || stage == Stage::Draining && is_front && status.success() {
-            tracing::debug!(process, pid, cause = %cause(status), "ended");
+            tracing::debug!(process, pid, %cause, "ended");
             return Ok(());
         }
         if is_front && take(&mut self.is_first_front) && status.code() == Some(EXIT_HOPELESS.into()) {
             return Err(SupervisorError::Front);
         }
-        let never_began = std::mem::take(&mut seat.may_not_begin) && !seat.record.has_arrived();
-        let has_retired = (std::mem::take(&mut seat.is_retiring) || never_began) && status.success();
+        let never_began = take(&mut seat.may_not_begin) && !seat.record.has_arrived();
+        let has_retired = (take(&mut seat.is_retiring) || never_began) && status.success();
         if has_retired {
             tracing::debug!(process, pid, "ended, for another");
             seat.restart_at = Some(Instant::now());
             return Ok(());
         }
+        let now = Instant::now();
+        let when = match (swept.items.is_empty(), has_completed) {
+            // A worker that was ended for its item was at work, even if it completed the item in that moment.
+            _ if item_timeout.is_some() => Use::AtWork,
+            (false, _) => Use::AtWork,
+            (true, true) => Use::Idle,
+            (true, false) => Use::Unused,
+        };
+        let (died_of, mut delay) = seat.record.end(now, when);
         // A worker that was ended for its item would have lived on.
-        let delay = if was_ended { Duration::ZERO } else { seat.record.end(Instant::now(), has_completed) };
-        seat.restart_at = Some(Instant::now() + delay);
+        if item_timeout.is_none() && died_of == DiedOf::Item {
+            delay = self.suspect(slot, &swept, now).unwrap_or(delay);
+        }
+        self.seats[at].restart_at = Some(now + delay);
+        let items = Items { items: &swept.items, max_attempts: self.config.max_attempts.into() };
         tracing::warn!(
-            process,
+            process = self.seats[at].name,
             pid,
-            cause = %cause(status),
-            requeued = swept.requeued,
-            failed = swept.failed,
+            died_of = died_of.name(),
+            requeued = swept.requeued(),
+            failed = swept.failed(),
             restart_in = ?delay,
-            "a process died"
+            "{} died: {cause}{items}",
+            self.process(slot, pid),
         );
-        self.judge(slot, status, delay);
+        self.judge(slot, cause, died_of, delay);
         Ok(())
     }
 
+    /// Returns the words for the process in a slot.
+    fn process(&self, slot: Slot, pid: u32) -> Process<'_> {
+        match slot {
+            Slot::Worker(number) => {
+                let pool = self.topology.pool_of(number).and_then(|pool| self.pools.get(usize::from(pool)));
+                Process::Worker { number, pool: pool.map_or("", |pool| &pool.name), pid }
+            }
+            Slot::Front(number) => Process::Front { number, pid },
+            // It never dies before this process.
+            Slot::Supervisor => Process::Front { number: 0, pid },
+        }
+    }
+
+    /// Notes that a worker died of its items. Returns the delay before the next start if it is the pool's handler that is to
+    /// blame; then all of the pool's workers are failing.
+    fn suspect(&mut self, slot: Slot, swept: &Swept, now: Instant) -> Option<Duration> {
+        let Slot::Worker(number) = slot else { return None };
+        let pool = self.topology.pool_of(number)?;
+        let seats = self.seats_of(pool);
+        // A worker that completes an item at this moment shows up now or at the next death.
+        let completed = seats.clone().fold(0_u64, |sum, seat| sum.wrapping_add(self.segment.returned(seat as u16)));
+        let items: Vec<_> = swept.items.iter().map(|item| item.key).collect();
+        let delay = self.suspects.get_mut(usize::from(pool))?.add(&items, completed)?;
+        for at in seats {
+            let seat = &mut self.seats[at];
+            seat.record.blame(now);
+            if self.segment.liveness(seat.slot) != seat.liveness() {
+                self.segment.set_liveness(seat.slot, seat.liveness());
+            }
+        }
+        self.ring_fronts();
+        Some(delay)
+    }
+
+    /// Returns the seats of a pool's workers: they have the workers' numbers.
+    fn seats_of(&self, pool: u16) -> Range<usize> {
+        let (first, count) = self.topology.workers(pool);
+        usize::from(first)..usize::from(first + count)
+    }
+
     /// After a worker's death: says so if all of its pool are in a crash loop by now.
-    fn judge(&mut self, slot: Slot, status: ExitStatus, delay: Duration) {
+    fn judge(&mut self, slot: Slot, cause: Cause, died_of: DiedOf, delay: Duration) {
         let Slot::Worker(number) = slot else { return };
         let Some(pool) = self.topology.pool_of(number) else { return };
-        let (first, count) = self.topology.workers(pool);
-        let seats = &self.seats[usize::from(first)..usize::from(first + count)];
-        if seats.iter().all(|seat| seat.record.is_failing()) && self.verdicts.change(pool, true) {
-            tracing::error!(
-                pool = self.pools[usize::from(pool)].name,
-                cause = %cause(status),
+        if !self.seats[self.seats_of(pool)].iter().all(|seat| seat.record.is_failing())
+            || !self.verdicts.change(pool, true)
+        {
+            return;
+        }
+        let pool = self.pools[usize::from(pool)].name.as_str();
+        match died_of {
+            DiedOf::Item => tracing::error!(
+                pool,
+                %cause,
+                died_of = died_of.name(),
+                next_try_in = ?delay,
+                "the pool does not serve: its workers died of different items in a row and completed none in between"
+            ),
+            DiedOf::Start | DiedOf::Other => tracing::error!(
+                pool,
+                %cause,
+                died_of = died_of.name(),
                 deaths_in_a_row = self.seats[usize::from(number)].record.quick_deaths(),
                 next_try_in = ?delay,
                 "the pool does not serve: its workers die soon after they start"
-            );
+            ),
         }
     }
 
@@ -547,8 +617,14 @@ impl Supervisor {
             }
             seat.record.settle();
             self.segment.set_liveness(seat.slot, seat.liveness());
-            if let Slot::Worker(number) = seat.slot
-                && let Some(pool) = self.topology.pool_of(number)
+            let pool = match seat.slot {
+                Slot::Worker(number) => self.topology.pool_of(number),
+                Slot::Front(_) | Slot::Supervisor => None,
+            };
+            if let Some(suspects) = pool.and_then(|pool| self.suspects.get_mut(usize::from(pool))) {
+                suspects.clear();
+            }
+            if let Some(pool) = pool
                 && self.verdicts.change(pool, false)
             {
                 tracing::info!(pool = self.pools[usize::from(pool)].name, "the pool serves again: a worker stays up");
@@ -571,21 +647,5 @@ impl Supervisor {
             }
         }
         left
-    }
-}
-
-/// What becomes of an item that was in work for the last time when its worker died.
-fn crashed(status: ExitStatus) -> Failure {
-    Failure::new(Code::Aborted, "WORKER_CRASHED", format_args!("the worker {}", cause(status)))
-}
-
-/// How a process ended, in words.
-fn cause(status: ExitStatus) -> String {
-    match status.signal() {
-        Some(number) => {
-            let name = Signal::try_from(number).map_or("?", Signal::as_str);
-            format!("was killed by {name} ({number})")
-        }
-        None => format!("exited with {}", status.code().unwrap_or(0)),
     }
 }

@@ -194,7 +194,7 @@ fn a_program_that_has_closed_its_output_is_killed_like_any_other() {
             let timeout = format!("{time:?}");
             let server = Server::serve(&["--pool", &pool, "--item-timeout", &timeout, "--max-attempts", "1"]).await;
             let answer = soon("an answer", server.client().await.call(WorkItem::new("run", ""))).await;
-            let says = format!("in work for over {timeout}");
+            let says = format!("ended after --item-timeout {timeout}");
             assert_refused(refusal(answer), (Code::DeadlineExceeded, "ITEM_TIMEOUT"), &says);
             let programs = pids(&files, "pids", before).await;
             gone(&programs).await;

@@ -105,7 +105,7 @@ fn a_worker_that_is_killed_gives_all_of_them_back() {
         signal(first, Signal::SIGKILL);
         let began = files.began(10).await;
         assert!(began[..5].iter().all(|pid| *pid == first) && began[5..].iter().all(|pid| *pid != first), "{began:?}");
-        let line = server.logged("a process died").await;
+        let line = server.logged(") died: ").await;
         assert!(line.contains("requeued=5 failed=0"), "{line}");
         (1..=3).for_each(|id| files.make(&format!("go-{id}")));
         let mut left = Vec::new();
@@ -175,7 +175,7 @@ fn the_oldest_of_them_is_timed() {
             assert_eq!((result.id, result.attempts), (id, 2));
         }
         let log = server.drain().await;
-        assert_eq!(log.matches("a process died").count(), 1, "{log}");
+        assert_eq!(log.matches(") died: ").count(), 1, "{log}");
     });
 }
 
@@ -216,7 +216,7 @@ fn a_worker_that_is_to_stop_finishes_what_it_has() {
         assert!(claimed.len() == 3 && claimed.values().all(|word| word.phase == CLAIMED), "{claimed:?}");
         (1..=3).for_each(|id| files.make(&format!("go-{id}")));
         let status = server.ended().await;
-        assert!(!server.log().contains("a process died"), "{}", server.log());
+        assert!(!server.log().contains(") died: "), "{}", server.log());
         server.assert_drained(status, &family);
     });
 }

@@ -41,7 +41,7 @@ fn a_programs_worker_that_is_killed_is_replaced_and_its_item_retried() {
         }
         assert_serves(&server.client().await, "program").await;
         let log = server.drain_by(Signal::SIGINT).await;
-        let line = log.lines().find(|line| line.contains("a process died")).expect("a line about the death");
+        let line = log.lines().find(|line| line.contains(") died: ")).expect("a line about the death");
         assert!(line.contains("SIGKILL") && line.contains("requeued=1"), "{line}");
     });
 }

@@ -176,7 +176,7 @@ fn a_shm_that_just_fits_is_enough_whatever_else_fills_it() {
         server.successor("w0", worker).await;
         assert_serves(&client, "echo").await;
         let log = server.drain().await;
-        assert_eq!(log.matches("a process died").count(), 1, "only the one that was killed\n{log}");
+        assert_eq!(log.matches(") died: ").count(), 1, "only the one that was killed\n{log}");
     });
 }
 
@@ -260,7 +260,7 @@ fn a_front_that_cannot_be_replaced_for_now_is_replaced_later() {
         leave_numbers(server.pid(), 2);
         signal(server.child("front").await, Signal::SIGKILL);
         server.logged("cannot go on error=Too many open files").await;
-        server.logged("exited with 78").await;
+        server.logged("exit code 78").await;
         limit_numbers(server.pid(), None);
         let client = soon("a connection", Client::connect(&server.addr)).await.expect("a connection");
         assert_serves(&client, "echo").await;

@@ -223,7 +223,7 @@ def test_the_item_of_a_worker_that_is_killed_goes_to_another(serve, tmp_path):
     assert (result.payload, result.attempts) == (b"done 2", 2)
     gate.close()
     # It is logged once the worker's remains are in order, which the item does not wait for.
-    until("a line about it", lambda: "was killed by SIGKILL" in app.log())
+    until("a line about it", lambda: "killed by SIGKILL" in app.log())
 
 
 def _open_files(pid):

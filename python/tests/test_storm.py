@@ -111,4 +111,4 @@ def test_nothing_is_lost_and_nothing_doubled_while_workers_are_killed(serve, tmp
     assert last == results
     assert sum(attempt - 1 for attempt in results.values()) <= killer.kills
     # And so does the server, in the end.
-    until("a line for each death", lambda: app.log().count("a process died") == killer.kills)
+    until("a line for each death", lambda: app.log().count(") died: ") == killer.kills)

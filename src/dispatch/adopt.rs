@@ -316,7 +316,7 @@ mod tests {
         let [poison, _harmless] = workers.each_mut().map(|worker| worker.take().unwrap());
         // The supervisor died between filing it and completing it.
         let failure = Failure::new(Code::Aborted, "WORKER_CRASHED", "it crashed");
-        let death = Death { worker: 0, pid: 1, status: ExitStatus::default(), failure };
+        let death = Death { worker: 0, pid: 1, status: ExitStatus::default(), cause: String::new(), failure };
         DeadLetters::new(vec!["pool".to_owned()]).file(supervisor, poison.index, poison.word, &death);
         assert_eq!(adopt(supervisor).unwrap(), Left { pending: 1, done: 1 });
         let (mut front, _) = rig.front();

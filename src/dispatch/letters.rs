@@ -38,6 +38,8 @@ pub struct Death {
     pub pid: u32,
     /// How it ended.
     pub status: ExitStatus,
+    /// The same in words.
+    pub cause: String,
     /// What becomes of an item that it had as the last of all.
     pub failure: Failure,
 }
@@ -105,7 +107,7 @@ impl DeadLetters {
                 id,
                 letter = number,
                 attempts = letter.attempts,
-                cause = death.failure.message,
+                cause = death.cause,
                 "an item is a dead letter: its workers died of it"
             ),
             None => tracing::error!(pool, id, "an item that its workers died of is too large for the dead letters"),
@@ -122,7 +124,7 @@ impl DeadLetters {
             attempt: u32::from(word.attempts()) + 1,
             worker: death.worker.into(),
             pid: death.pid,
-            cause: death.failure.message.clone(),
+            cause: death.cause.clone(),
             time: Some(SystemTime::now().into()),
             end: death.status.signal().map(End::Signal).or_else(|| death.status.code().map(End::ExitCode)),
         });
@@ -248,7 +250,7 @@ mod tests {
 
     fn death(pid: u32) -> Death {
         let failure = Failure::new(Code::Aborted, "WORKER_CRASHED", "the worker crashed");
-        Death { worker: 0, pid, status: ExitStatus::from_raw(11), failure }
+        Death { worker: 0, pid, status: ExitStatus::from_raw(11), cause: "killed by SIGSEGV".to_owned(), failure }
     }
 
     fn letters() -> DeadLetters {

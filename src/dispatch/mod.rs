@@ -48,7 +48,7 @@ pub use open::Open;
 pub use output::Hold;
 pub use reply::{Reply, ReplyError};
 pub use request::{Kind, Offer, OfferError, Request};
-pub use sweep::{Swept, sweep_front, sweep_worker};
+pub use sweep::{Fate, ItemKey, Swept, SweptItem, sweep_front, sweep_worker};
 pub use waiting::{Credit, Room};
 pub use word::{FRONT, Phase, SUPERVISOR, Word};
 pub use worker::{Claimed, Item, Worker};

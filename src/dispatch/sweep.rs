@@ -14,13 +14,56 @@ use crate::{
     segment::{INLINE, ItemRecord, Segment},
 };
 
-/// What a sweep found.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+/// What a sweep found: the items that the dead worker held.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Items that other workers may claim again.
-    pub requeued: u32,
-    /// Items that were completed with a failure: out of attempts, or given up by their clients.
-    pub failed: u32,
+    /// Them, in the order of the item table.
+    pub items: Vec<SweptItem>,
+}
+
+/// An item that a dead worker held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SweptItem {
+    /// Which item it is.
+    pub key: ItemKey,
+    /// The client's id of it.
+    pub id: u64,
+    /// How many workers had been given it, the dead one included.
+    pub attempt: u32,
+    /// What becomes of it.
+    pub fate: Fate,
+}
+
+/// Tells an item from all others, over all its attempts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ItemKey {
+    /// Its record.
+    pub index: u32,
+    /// When it was offered.
+    pub offered: u64,
+}
+
+/// What becomes of an item that a dead worker held.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Fate {
+    /// Other workers may claim it again.
+    Retried,
+    /// It was completed with a failure, being out of attempts.
+    Failed,
+    /// It was completed with a failure, because its client had given it up.
+    Cancelled,
+}
+
+impl Swept {
+    /// Returns how many items other workers may claim again.
+    pub fn requeued(&self) -> usize {
+        self.items.iter().filter(|item| item.fate == Fate::Retried).count()
+    }
+
+    /// Returns how many items were completed with a failure.
+    pub fn failed(&self) -> usize {
+        self.items.len() - self.requeued()
+    }
 }
 
 /// Gives back what a dead worker had claimed. An item that had `max_attempts` is a dead letter, and fails.
@@ -52,9 +95,15 @@ pub fn sweep_worker(
         if was_last && !is_broken {
             letters.file(segment, index, word, death);
         }
-        if is_broken || cancelled || was_last {
+        let fate = match (is_broken || was_last, cancelled) {
+            (true, _) => Fate::Failed,
+            (false, true) => Fate::Cancelled,
+            (false, false) => Fate::Retried,
+        };
+        let key = ItemKey { index, offered: record.offered.load(Relaxed) };
+        swept.items.push(SweptItem { key, id: record.id.load(Relaxed), attempt: u32::from(word.attempts()) + 1, fate });
+        if fate != Fate::Retried {
             fail(record, word, failure);
-            swept.failed += 1;
         } else {
             let ready = word.requeued();
             letters.retry(index, record, word, ready, death);
@@ -64,7 +113,6 @@ pub fn sweep_worker(
             // If it is full of stale hints, the front finds the item when it looks through its own, below.
             let _ = segment.lane(ready.lane().into()).push(hint);
             crash_point!("sweep.pushed");
-            swept.requeued += 1;
         }
     }
     letters.forget_completed(segment);

@@ -111,7 +111,8 @@ impl Rig {
     /// A worker dies.
     fn sweep(&mut self, worker: u16, max_attempts: u32) -> Swept {
         let failure = Failure::new(Code::Aborted, "WORKER_CRASHED", "it was killed");
-        let death = Death { worker, pid: 1, status: std::process::ExitStatus::default(), failure };
+        let death =
+            Death { worker, pid: 1, status: std::process::ExitStatus::default(), cause: String::new(), failure };
         let mut letters = DeadLetters::new(vec!["a".to_owned(), "b".to_owned()]);
         sweep_worker(self.supervisor, &self.topology, &self.bells, &death, max_attempts, &mut letters)
     }
@@ -405,7 +406,7 @@ fn an_item_that_expires_ends_unless_a_worker_has_it() {
     for (deadline, outcome) in [(1, Some(Outcome::Expired)), (u64::MAX, None), (0, None)] {
         rig.offer(Offer { deadline, ..submit }, b"").unwrap();
         rig.workers[0].take().unwrap();
-        assert_eq!(rig.kill(0, 9).requeued, 1);
+        assert_eq!(rig.kill(0, 9).requeued(), 1);
         let done = rig.front.collect();
         assert_eq!(done.map(|done| (done.outcome, done.attempts)), outcome.map(|outcome| (outcome, 1)));
         match done {
@@ -566,7 +567,13 @@ fn a_sweep_gives_back_what_the_dead_had_and_counts_it() {
     let others = rig.workers[1].take().unwrap();
     rig.front.cancel(mine[2].index);
     // Of two attempts each has one more, but the one that nobody waits for.
-    assert_eq!(rig.kill(0, 2), Swept { requeued: 2, failed: 1 });
+    let swept = rig.kill(0, 2);
+    assert_eq!((swept.requeued(), swept.failed()), (2, 1));
+    let fates: Vec<_> = swept.items.iter().map(|item| (item.id, item.attempt, item.fate)).collect();
+    assert_eq!(fates.len(), 3);
+    for item in [(1, 1, Fate::Retried), (2, 1, Fate::Retried), (3, 1, Fate::Cancelled)] {
+        assert!(fates.contains(&item), "{fates:?}");
+    }
     assert_eq!(rig.word(others.index), others.word, "another's is not touched");
     assert!(rig.front.collect().is_none());
     let again: Vec<_> = (0..2).map(|_| rig.workers[0].take().unwrap()).collect();
@@ -575,7 +582,8 @@ fn a_sweep_gives_back_what_the_dead_had_and_counts_it() {
         let (item, _) = rig.workers[0].open(claimed, 0).unwrap();
         assert_eq!((claimed.attempt(), item.attempt()), (2, 2));
     }
-    assert_eq!(rig.kill(0, 2), Swept { requeued: 0, failed: 2 });
+    let swept = rig.kill(0, 2);
+    assert_eq!((swept.requeued(), swept.failed()), (0, 2));
     for _ in 0..2 {
         let done = rig.front.collect().unwrap();
         assert_eq!((done.outcome, done.worker), (Outcome::Failure(Code::Aborted as u32), SUPERVISOR));
@@ -733,7 +741,7 @@ fn fronts_share_the_items_and_nothing_else() {
     // The next worker's death is told to each of them.
     [0, 1, 2].iter().for_each(|&n| _ = has_rung(bells.front(n)));
     let failure = Failure::new(Code::Aborted, "WORKER_CRASHED", "it was killed");
-    let death = Death { worker: 0, pid: 1, status: std::process::ExitStatus::default(), failure };
+    let death = Death { worker: 0, pid: 1, status: std::process::ExitStatus::default(), cause: String::new(), failure };
     sweep_worker(supervisor, &topology, &bells, &death, 1, &mut DeadLetters::default());
     assert!([0, 1, 2].iter().all(|&n| has_rung(bells.front(n)) && supervisor.rescan(n).load(Relaxed) != 0));
 }

@@ -21,7 +21,11 @@ use std::{
 };
 
 use super::{
-    EXIT_HOPELESS, Event, FORK_AGAIN, Supervisor, SupervisorError, Work, cause, crash_loop::Record, reload::Reload,
+    EXIT_HOPELESS, Event, FORK_AGAIN, Supervisor, SupervisorError, Work,
+    crash_loop::{Record, Use},
+    death,
+    death::Cause,
+    reload::Reload,
 };
 use crate::{
     contract::{
@@ -287,7 +291,7 @@ impl Supervisor {
         let nursery = &mut self.nurseries[at];
         let Some(Process { child, .. }) = nursery.process.take() else { return Ok(()) };
         let pid = child.pid();
-        let cause = cause(child.reap()?);
+        let cause = Cause::new(child.reap()?, None);
         crash_point!("nursery.reaped");
         // The worker on its way has read that it has no nursery, and ends: it is nobody yet.
         if let Some(seat) = nursery.ordered.take() {
@@ -297,10 +301,11 @@ impl Supervisor {
             nursery.restart_at = Some(Instant::now());
             return Ok(());
         }
-        let delay = nursery.record.end(Instant::now(), false);
+        let delay = nursery.record.end(Instant::now(), Use::Unused).1;
         nursery.restart_at = Some(Instant::now() + delay);
         let pool = &self.pools[usize::from(nursery.pool)].name;
-        tracing::warn!(pool, pid, cause, restart_in = ?delay, "a nursery died; its workers live on");
+        let process = death::Process::Zygote { pool, pid };
+        tracing::warn!(pool, pid, restart_in = ?delay, "{process} died: {cause}; its workers live on");
         Ok(())
     }
 

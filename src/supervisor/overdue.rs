@@ -31,18 +31,16 @@ use std::{
     time::{Duration, Instant},
 };
 
+use crate::{
+    handler::{Failure, Handler, Item, Reply},
+    process::Child,
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::Signal,
     time::{
         Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, timerfd_create, timerfd_gettime, timerfd_settime,
     },
-};
-use tonic::Code;
-
-use crate::{
-    handler::{Failure, Handler, Item, Reply},
-    process::Child,
 };
 
 /// The most time between SIGTERM and SIGKILL.
@@ -284,21 +282,14 @@ impl Watch {
         Ok(())
     }
 
-    /// A worker is dead: whether it was ended for its item, and what becomes of that then. Its successor has the timer as
-    /// if it were new.
-    pub fn bury(&mut self, worker: u16) -> Option<Failure> {
+    /// Forgets a dead worker, so that its successor finds the timer as if it were new. Returns the limit if the worker was
+    /// ended because its item took longer than that.
+    pub fn bury(&mut self, worker: u16) -> Option<Duration> {
         let watched = self.workers.get_mut(usize::from(worker))?.as_mut()?;
         let order = watched.order.take();
         let ended = order.is_some_and(|order| watched.timer.expired() == Some(order.setting));
         watched.timer.clear();
-        ended.then(|| {
-            let limit = watched.timer.limit;
-            Failure::new(
-                Code::DeadlineExceeded,
-                "ITEM_TIMEOUT",
-                format_args!("in work for over {limit:?} (--item-timeout)"),
-            )
-        })
+        ended.then_some(watched.timer.limit)
     }
 }
 
@@ -354,8 +345,7 @@ mod tests {
         assert_eq!(ended.wait().unwrap().signal(), Some(Signal::KILL.as_raw()));
         assert_eq!((watch.fds().count(), watch.due()), (0, None), "once");
 
-        let failure = watch.bury(0).unwrap();
-        assert_eq!((failure.code(), failure.reason.as_ref()), (Code::DeadlineExceeded, "ITEM_TIMEOUT"));
+        assert_eq!(watch.bury(0), Some(LIMIT));
         assert_eq!(watch.fds().count(), 1);
         assert_eq!(watch.timer(0).unwrap().expired(), None, "its successor begins anew");
     }

@@ -245,7 +245,7 @@ impl Rig {
 
 fn death() -> Death {
     let failure = Failure::handler("the worker was killed");
-    Death { worker: VICTIM, pid: 1, status: ExitStatus::from_raw(9), failure }
+    Death { worker: VICTIM, pid: 1, status: ExitStatus::from_raw(9), cause: String::new(), failure }
 }
 
 /// For as long as the process lives.

@@ -233,7 +233,13 @@ mod tests {
         fn kill_the_worker(&mut self) {
             use std::os::unix::process::ExitStatusExt as _;
             let failure = Failure::new(crate::handler::Code::Aborted, "WORKER_CRASHED", "it was killed");
-            let death = Death { worker: 0, pid: 1, status: std::process::ExitStatus::from_raw(9), failure };
+            let death = Death {
+                worker: 0,
+                pid: 1,
+                status: std::process::ExitStatus::from_raw(9),
+                cause: String::new(),
+                failure,
+            };
             let mut letters = DeadLetters::new(vec!["p".to_owned()]);
             sweep_worker(self.supervisor, &self.topology, &self.bells, &death, 9, &mut letters);
             let view = Segment::attach(self._owner.object(), self._owner.name(), Slot::Worker(0)).unwrap();

@@ -185,6 +185,7 @@ fn session(world: &World, program: &mut Program<'_>) -> Option<()> {
                     worker: u16::from(program.byte()?) % 3,
                     pid: 7,
                     status: ExitStatus::from_raw(9),
+                    cause: "killed by SIGKILL".to_owned(),
                     failure: Failure::new(Code::Aborted, "WORKER_CRASHED", "it was killed"),
                 };
                 sweep_worker(&supervisor, &topology, &world.bells, &death, 2, &mut dead);
