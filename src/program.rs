@@ -94,8 +94,9 @@ impl Program {
             None => command.stdout(io::stderr()),
         };
         let child = command.spawn()?;
-        let pidfd = Child::adopted(child.id())?.pidfd;
-        Ok(Some(Check { child, pidfd, files }))
+        let pid = child.id();
+        let pidfd = Child::adopted(pid)?.pidfd;
+        Ok(Some(Check { child: Some(child), pid, pidfd, files }))
     }
 
     /// Runs the check, if there is one, with these variables. How it ended, and what files it told of.
@@ -155,7 +156,9 @@ impl Program {
 /// A check that was started. It is ended if nobody waits for it.
 #[derive(Debug)]
 pub(crate) struct Check {
-    child: std::process::Child,
+    /// `None` in a forked child, whose process it is not.
+    child: Option<std::process::Child>,
+    pid: u32,
     /// Readable when it is over.
     pidfd: OwnedFd,
     files: Option<File>,
@@ -164,12 +167,18 @@ pub(crate) struct Check {
 impl Check {
     /// Its process.
     pub fn pid(&self) -> u32 {
-        self.child.id()
+        self.pid
+    }
+
+    /// Closes its descriptors and lets the process go on: in a forked child, whose process it is not.
+    pub fn leave(mut self) {
+        self.child = None;
     }
 
     /// Waits for its end. How it ended, and the files that it told of.
     pub fn finish(mut self) -> io::Result<(ExitStatus, Vec<PathBuf>)> {
-        let status = self.child.wait()?;
+        let child = self.child.as_mut().ok_or(io::ErrorKind::NotFound)?;
+        let status = child.wait()?;
         let mut text = Vec::new();
         if let Some(files) = &mut self.files {
             files.rewind()?;
@@ -188,9 +197,10 @@ impl AsFd for Check {
 
 impl Drop for Check {
     fn drop(&mut self) {
+        let Some(child) = &mut self.child else { return };
         // Both fail if it was waited for, which is just as well.
-        let _ = self.child.kill();
-        let _ = self.child.wait();
+        let _ = child.kill();
+        let _ = child.wait();
     }
 }
 

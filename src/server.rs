@@ -340,8 +340,8 @@ impl Server {
         self.config.arena = Some(arena);
         let (mib, max_message) = (owner.layout().total().div_ceil(1 << 20), self.config.max_message());
         tracing::info!(mib, %arena, %max_message, "reserved the shared memory");
-        let supervisor = Supervisor::new(self.config, pools, listener, owner, apps)?;
-        Ok(BoundServer { address, supervisor, signals, _dead: dead })
+        let supervisor = Supervisor::new(self.config, pools, listener, owner, apps, signals)?;
+        Ok(BoundServer { address, supervisor, _dead: dead })
     }
 
     /// Serves until SIGTERM or SIGINT has drained it. This process becomes the supervisor and must have one thread.
@@ -354,7 +354,6 @@ impl Server {
 pub struct BoundServer {
     address: SocketAddr,
     supervisor: Supervisor,
-    signals: Signals,
     _dead: DeadChildren,
 }
 
@@ -366,7 +365,7 @@ impl BoundServer {
 
     /// Serves until SIGTERM or SIGINT has drained it.
     pub fn run(self) -> Result<(), ServerError> {
-        Ok(self.supervisor.run(&self.signals)?)
+        Ok(self.supervisor.run()?)
     }
 }
 

@@ -172,7 +172,8 @@ pub struct Supervisor {
     segment: Segment,
     topology: Topology,
     bells: Arc<Bells>,
-    listener: TcpListener,
+    /// `None` in children other than the front.
+    listener: Option<TcpListener>,
     pools: Vec<PoolPlan>,
     seats: Vec<Seat>,
     letters: DeadLetters,
@@ -191,6 +192,8 @@ pub struct Supervisor {
     constants: Vec<u64>,
     /// No front has ended yet.
     is_first_front: bool,
+    /// `None` in children. The last field: a signal that comes while the others are dropped must not interrupt that.
+    signals: Option<Signals>,
 }
 
 impl Supervisor {
@@ -201,6 +204,7 @@ impl Supervisor {
         listener: TcpListener,
         owner: SegmentOwner,
         apps: Vec<App>,
+        signals: Signals,
     ) -> Result<Self, SupervisorError> {
         let segment = Segment::attach(owner.object(), owner.name(), Slot::Supervisor)?;
         if let Some(pid) = owner.left_by() {
@@ -246,7 +250,7 @@ impl Supervisor {
             segment,
             topology,
             bells,
-            listener,
+            listener: Some(listener),
             pools,
             seats,
             letters,
@@ -259,11 +263,12 @@ impl Supervisor {
             is_open: false,
             constants: Vec::new(),
             is_first_front: true,
+            signals: Some(signals),
         })
     }
 
     /// Forks everybody and supervises them until a drain is over.
-    pub fn run(mut self, signals: &Signals) -> Result<(), SupervisorError> {
+    pub fn run(mut self) -> Result<(), SupervisorError> {
         let mut result = self.start();
         if result.is_ok() {
             // From now on there may be something in it that must outlive this process, however it ends.
@@ -273,7 +278,7 @@ impl Supervisor {
             self.is_open = true;
             crash_point!("supervisor.opened");
             tracing::info!(name = self.owner.name(), workers = self.seats.len() - 1, "serving");
-            result = self.supervise(signals);
+            result = self.supervise();
         }
         // After a drain nobody is left; after an error or a second signal this is the end of them.
         let left = self.kill_all();
@@ -316,7 +321,7 @@ impl Supervisor {
     }
 
     /// The loop. Ends when the server has drained, is told to stop at once, or cannot go on.
-    fn supervise(&mut self, signals: &Signals) -> Result<(), SupervisorError> {
+    fn supervise(&mut self) -> Result<(), SupervisorError> {
         let mut stage = Stage::Serving;
         let (mut told_at, mut give_up_at): (Option<Instant>, _) = (None, None);
         loop {
@@ -354,8 +359,8 @@ impl Supervisor {
             let next = next.chain(self.reload.iter().filter_map(|reload| reload.due));
             let next = next.chain(self.orphans.iter().filter_map(|orphans| orphans.again_at));
             let next = next.chain(give_up_at).chain(self.watch.due()).min();
-            let events = self.sleep(signals, next)?;
-            if events.contains(&Event::Signal) && signals.fd.read_signal().map_err(io::Error::from)?.is_some() {
+            let events = self.sleep(next)?;
+            if events.contains(&Event::Signal) && self.has_signal()? {
                 match told_at {
                     None => {
                         tracing::info!(grace = ?self.config.grace, "draining");
@@ -417,9 +422,16 @@ impl Supervisor {
         seats.all(|(at, seat)| seat.child.is_none() && seat.restart_at.is_none() && !is_owed(at))
     }
 
+    /// Whether the server was told to end; takes note of one signal.
+    fn has_signal(&self) -> io::Result<bool> {
+        let Some(signals) = &self.signals else { return Ok(false) };
+        Ok(signals.fd.read_signal()?.is_some())
+    }
+
     /// Sleeps until something happens or it is time; what has happened.
-    fn sleep(&self, signals: &Signals, until: Option<Instant>) -> io::Result<Vec<Event>> {
-        let mut fds: Vec<(Event, BorrowedFd<'_>)> = vec![(Event::Signal, signals.fd.as_fd())];
+    fn sleep(&self, until: Option<Instant>) -> io::Result<Vec<Event>> {
+        let signals = self.signals.iter().map(|signals| (Event::Signal, signals.fd.as_fd()));
+        let mut fds: Vec<(Event, BorrowedFd<'_>)> = signals.collect();
         for (at, seat) in self.seats.iter().enumerate() {
             let Some(child) = &seat.child else { continue };
             fds.push((Event::Death(at), child.pidfd.as_fd()));

@@ -49,8 +49,8 @@ const LOOK_AGAIN: Duration = Duration::from_millis(2);
 
 /// The owner's handle on a segment, for attaching.
 pub struct SegmentOwner {
-    // Dropped first: the name goes while it is still locked.
-    shmem: Shmem,
+    // Dropped first: the name goes while it is still locked. `None` in a forked child.
+    shmem: Option<Shmem>,
     name: String,
     object: OwnedFd,
     layout: Layout,
@@ -118,12 +118,20 @@ impl SegmentOwner {
     /// Dropping this leaves the segment in place: for a forked child, first thing, and for as long as it holds what was
     /// accepted.
     pub fn disown(&mut self) {
-        self.shmem.set_owner(false);
+        self.shmem.iter_mut().for_each(|shmem| _ = shmem.set_owner(false));
     }
 
     /// Dropping this removes the segment's name. So it is from the start, unless the segment was adopted.
     pub fn own(&mut self) {
-        self.shmem.set_owner(true);
+        self.shmem.iter_mut().for_each(|shmem| _ = shmem.set_owner(true));
+    }
+
+    /// Closes what only the process that made this has a use for: in a child, right after the fork. The locked object stays
+    /// open, because the name is in use for as long as the child lives.
+    pub fn leave(&mut self) {
+        self.disown();
+        // This unmaps a range that the fork left out (`LinuxDontFork`), and nothing has been mapped there since.
+        self.shmem = None;
     }
 }
 
@@ -364,7 +372,7 @@ impl Taking<'_> {
         // SAFETY: the range is exactly the mapping that `shmem` owns.
         unsafe { rustix::mm::madvise(shmem.as_ptr().cast(), shmem.len(), rustix::mm::Advice::LinuxDontFork) }
             .map_err(|e| self.io("advise")(e.into()))?;
-        Ok(SegmentOwner { shmem, name: self.name.to_owned(), object, layout: self.layout, left_by })
+        Ok(SegmentOwner { shmem: Some(shmem), name: self.name.to_owned(), object, layout: self.layout, left_by })
     }
 }
 

@@ -26,6 +26,7 @@ use super::{
     death,
     death::Cause,
     reload::Reload,
+    spawn::Role,
 };
 use crate::{
     contract::{
@@ -178,7 +179,7 @@ impl Supervisor {
         };
         let pool = self.nurseries[at].pool;
         let (name, supervisor) = (format!("forkring-n{pool}"), std::process::id());
-        let child = self.try_fork(&name, |us| {
+        let child = self.try_fork(&name, Role::Zygote(pool), |us| {
             let plan = &us.pools[usize::from(pool)];
             let Work::Program(program) = &plan.work else { return EXIT_HOPELESS };
             let set = process::set_variables(&plan.place.constants());

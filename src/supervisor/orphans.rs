@@ -44,12 +44,6 @@ impl Orphans {
         mask
     }
 
-    /// In a child, which has children of its own to hear of.
-    pub fn leave(&self) {
-        // Fails only for a mask that is none.
-        let _ = Self::mask().thread_unblock();
-    }
-
     /// Children that are dead and that nobody has reaped. `is_known` is who is waited for elsewhere.
     pub fn dead(&self, is_known: impl Fn(u32) -> bool) -> io::Result<Vec<u32>> {
         while self.fd.read_signal()?.is_some() {}
@@ -66,7 +60,7 @@ impl AsFd for Orphans {
 
 impl Drop for Orphans {
     fn drop(&mut self) {
-        // Neither fails once it has been done.
+        // Neither fails once it has been done. In a child the first does nothing: adopting orphans is not inherited.
         let _ = process::adopt_orphans(false);
         let _ = Self::mask().thread_unblock();
     }

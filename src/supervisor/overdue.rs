@@ -236,6 +236,13 @@ impl Watch {
         self.workers.get(usize::from(worker))?.as_ref().map(|watched| &watched.timer)
     }
 
+    /// Closes the timers of all workers but these: in a child, right after the fork.
+    pub fn keep(&mut self, is_kept: impl Fn(u16) -> bool) {
+        for (number, watched) in self.workers.iter_mut().enumerate() {
+            *watched = watched.take().filter(|_| is_kept(number as u16));
+        }
+    }
+
     fn watched(&self) -> impl Iterator<Item = &Watched> {
         self.workers.iter().flatten()
     }

@@ -98,6 +98,11 @@ impl Reload {
         Ok(reload)
     }
 
+    /// Closes the descriptors: in a child, right after the fork. The checks go on, they are the supervisor's.
+    pub(super) fn leave(self) {
+        self.apps.into_iter().filter_map(|app| app.check).for_each(Check::leave);
+    }
+
     fn watch(&mut self) {
         let folders: BTreeSet<_> =
             self.apps.iter().flat_map(|app| &app.files).filter_map(|file| file.parent()).collect();

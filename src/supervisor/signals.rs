@@ -11,7 +11,8 @@ use nix::sys::{
 /// their effect.
 pub struct Signals {
     pub(super) fd: SignalFd,
-    before: SigSet,
+    /// `None` in a child, where both stay blocked.
+    before: Option<SigSet>,
 }
 
 impl Signals {
@@ -22,15 +23,21 @@ impl Signals {
         mask.add(Signal::SIGINT);
         let before = mask.thread_swap_mask(SigmaskHow::SIG_BLOCK)?;
         let fd = SignalFd::with_flags(&mask, SfdFlags::SFD_CLOEXEC | SfdFlags::SFD_NONBLOCK)?;
-        Ok(Signals { fd, before })
+        Ok(Signals { fd, before: Some(before) })
+    }
+
+    /// Closes the descriptor and leaves both signals blocked: in a child, right after the fork.
+    pub(super) fn leave(mut self) {
+        self.before = None;
     }
 }
 
 impl Drop for Signals {
     fn drop(&mut self) {
+        let Some(before) = self.before else { return };
         // What has come meanwhile was meant for what has ended by now.
         while let Ok(Some(_)) = self.fd.read_signal() {}
         // Fails only for a mask that is none.
-        let _ = self.before.thread_set_mask();
+        let _ = before.thread_set_mask();
     }
 }

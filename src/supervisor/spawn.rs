@@ -22,6 +22,16 @@ use crate::{
     worker,
 };
 
+/// What a forked child is to become.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Role {
+    Front,
+    /// With this number.
+    Worker(u16),
+    /// Of this pool.
+    Zygote(u16),
+}
+
 impl Supervisor {
     /// Sees to it that a seat has a participant: by a fork, or by asking the pool's nursery for it.
     pub(super) fn spawn(&mut self, at: usize) -> Result<(), SupervisorError> {
@@ -39,7 +49,11 @@ impl Supervisor {
             return Ok(());
         }
         let supervisor = std::process::id();
-        match self.try_fork(&name.clone(), |us| us.participate(slot, supervisor))? {
+        let role = match slot {
+            Slot::Worker(number) => Role::Worker(number),
+            Slot::Front(_) | Slot::Supervisor => Role::Front,
+        };
+        match self.try_fork(&name.clone(), role, |us| us.participate(slot, supervisor))? {
             Some(child) => {
                 crash_point!("supervisor.forked");
                 self.seated(at, child);
@@ -54,16 +68,12 @@ impl Supervisor {
     pub(super) fn try_fork(
         &mut self,
         name: &str,
+        role: Role,
         main: impl FnOnce(&mut Self) -> u8,
     ) -> Result<Option<Child>, SupervisorError> {
         let is_open = self.is_open;
         let forked = process::fork(name, || {
-            self.owner.disown();
-            // The others are not its children.
-            self.seats.iter_mut().for_each(|seat| seat.child = None);
-            if let Some(orphans) = &self.orphans {
-                orphans.leave();
-            }
+            self.leave(role);
             main(self)
         });
         match forked {
@@ -73,6 +83,36 @@ impl Supervisor {
                 Ok(None)
             }
             Err(error) => Err(error.into()),
+        }
+    }
+
+    /// In a child, before anything else: closes each descriptor of the supervisor that the child has no use for. One by one,
+    /// because a range would take descriptors along that a handler's closure has captured.
+    fn leave(&mut self, role: Role) {
+        let is_kept = |worker: u16| match role {
+            Role::Front => false,
+            Role::Worker(number) => number == worker,
+            Role::Zygote(pool) => self.topology.pool_of(worker) == Some(pool),
+        };
+        self.owner.leave();
+        for seat in &mut self.seats {
+            seat.child = None;
+            if !matches!(seat.slot, Slot::Worker(worker) if is_kept(worker)) {
+                seat.arrival = None;
+            }
+        }
+        self.watch.keep(is_kept);
+        self.nurseries.clear();
+        // A child has children of its own to hear of.
+        self.orphans = None;
+        if let Some(reload) = self.reload.take() {
+            reload.leave();
+        }
+        if let Some(signals) = self.signals.take() {
+            signals.leave();
+        }
+        if role != Role::Front {
+            self.listener = None;
         }
     }
 
@@ -127,7 +167,12 @@ impl Supervisor {
                 let names = self.pools.iter().map(|pool| pool.name.clone()).collect();
                 let (front, adopted) = Front::attach(segment, self.topology.clone(), self.bells.clone(), number);
                 crash_point!("front.attached");
-                front::run(front, adopted, self.bells.front(number), &self.listener, names, &self.config)
+                match &self.listener {
+                    Some(listener) => {
+                        front::run(front, adopted, self.bells.front(number), listener, names, &self.config)
+                    }
+                    None => Err(io::Error::other("the front has no listening socket")),
+                }
             }
             Slot::Supervisor => Ok(()),
         };
