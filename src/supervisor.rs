@@ -23,6 +23,7 @@ mod orphans;
 pub(crate) mod overdue;
 mod reload;
 mod signals;
+mod silence;
 mod spawn;
 
 use std::{
@@ -56,6 +57,7 @@ use nursery::Nursery;
 use orphans::Orphans;
 use overdue::Watch;
 use reload::Reload;
+use silence::{News, PAUSE, Seen, Silence};
 
 pub(crate) use reload::App;
 pub use signals::Signals;
@@ -80,8 +82,26 @@ pub enum SupervisorError {
     Io(#[from] io::Error),
     #[error("the front cannot start; its reason is in the line above")]
     Front,
-    #[error("stopped before the drain was over: {left} processes were killed, and calls that were in work are lost")]
-    Killed { left: usize },
+    #[error(
+        "stopped before the drain was over: {left} {} killed, and {}",
+        if *left == 1 { "process was" } else { "processes were" },
+        lost(*calls, *pending)
+    )]
+    Killed { left: usize, calls: u32, pending: u32 },
+}
+
+/// What was lost when a drain was cut short, in words.
+fn lost(calls: u32, pending: u32) -> String {
+    let calls = match calls {
+        0 => "no call was lost".to_owned(),
+        1 => "1 call was not answered".to_owned(),
+        calls => format!("{calls} calls were not answered"),
+    };
+    match pending {
+        0 => calls,
+        1 => format!("{calls}; 1 submitted item is not done and stays in shared memory"),
+        pending => format!("{calls}; {pending} submitted items are not done and stay in shared memory"),
+    }
 }
 
 /// A pool as the supervisor runs it.
@@ -119,6 +139,8 @@ struct Seat {
     returned: u64,
     /// The worker was told to end, for another.
     is_retiring: bool,
+    /// Whether the worker comes when it is rung.
+    silence: Silence,
     /// Its nursery was ended, perhaps before it said that the worker may begin: then the worker ends.
     may_not_begin: bool,
     /// What a worker that is a program rings when it has attached.
@@ -133,6 +155,8 @@ enum Event {
     Death(usize),
     /// The same.
     Arrival(usize),
+    /// The front has items that wait.
+    Complaint,
     /// An item is over its time.
     Overdue,
     /// Of this nursery.
@@ -190,6 +214,12 @@ pub struct Supervisor {
     is_open: bool,
     /// What is in the segment that nobody changes from then on.
     constants: Vec<u64>,
+    /// The front rings it while items wait. `None` in other children.
+    complaint: Option<Bell>,
+    /// When to look at the workers again that were rung.
+    look_at: Option<Instant>,
+    /// When the workers were told to end.
+    stopping: Option<Instant>,
     /// No front has ended yet.
     is_first_front: bool,
     /// `None` in children. The last field: a signal that comes while the others are dropped must not interrupt that.
@@ -223,6 +253,7 @@ impl Supervisor {
             record: Record::new(),
             returned: 0,
             is_retiring: false,
+            silence: Silence::default(),
             may_not_begin: false,
             arrival,
         };
@@ -262,6 +293,9 @@ impl Supervisor {
             reload,
             is_open: false,
             constants: Vec::new(),
+            complaint: Some(Bell::pollable()?),
+            look_at: None,
+            stopping: None,
             is_first_front: true,
             signals: Some(signals),
         })
@@ -283,7 +317,7 @@ impl Supervisor {
         // After a drain nobody is left; after an error or a second signal this is the end of them.
         let left = self.kill_all();
         crash_point!("supervisor.ended");
-        let Left { pending, done } = Left::of(&self.segment);
+        let (Left { pending, done }, calls) = (Left::of(&self.segment), dispatch::unanswered(&self.segment));
         let letters = self.segment.letter_log().map_or(0, |log| log.count());
         // A drain has seen to all that was pending, and to the results for which there were subscribers.
         if pending > 0 || (done > 0 || letters > 0) && (result.is_err() || left > 0) {
@@ -302,7 +336,7 @@ impl Supervisor {
             self.owner.own();
         }
         result?;
-        if left > 0 { Err(SupervisorError::Killed { left }) } else { Ok(()) }
+        if left > 0 { Err(SupervisorError::Killed { left, calls, pending }) } else { Ok(()) }
     }
 
     fn start(&mut self) -> Result<(), SupervisorError> {
@@ -328,6 +362,7 @@ impl Supervisor {
             if stage == Stage::Draining && self.is_empty(|slot| matches!(slot, Slot::Front(_))) {
                 stage = Stage::Stopping;
                 self.enter(stage);
+                (self.stopping, self.look_at) = (Some(Instant::now()), Some(Instant::now()));
                 // Nobody is replaced any more.
                 self.close_nurseries();
                 self.seats.iter_mut().for_each(|seat| seat.restart_at = None);
@@ -351,6 +386,9 @@ impl Supervisor {
                 self.reap_orphans();
             }
 
+            if self.look_at.is_some_and(|due| due <= now) {
+                self.look_for_silence(now, stage)?;
+            }
             self.settle(now);
             self.watch.enforce(now, |worker| self.seats.get(usize::from(worker))?.child.as_ref())?;
 
@@ -358,6 +396,7 @@ impl Supervisor {
             let next = next.chain(self.nurseries.iter().filter_map(|nursery| nursery.restart_at));
             let next = next.chain(self.reload.iter().filter_map(|reload| reload.due));
             let next = next.chain(self.orphans.iter().filter_map(|orphans| orphans.again_at));
+            let next = next.chain(self.look_at);
             let next = next.chain(give_up_at).chain(self.watch.due()).min();
             let events = self.sleep(next)?;
             if events.contains(&Event::Signal) && self.has_signal()? {
@@ -368,6 +407,7 @@ impl Supervisor {
                         told_at = Some(Instant::now());
                         give_up_at = Instant::now().checked_add(self.config.grace);
                         self.enter(stage);
+                        self.look_at = Some(Instant::now());
                     }
                     Some(at) if at.elapsed() < AT_ONCE => {}
                     Some(_) => {
@@ -382,6 +422,10 @@ impl Supervisor {
                     Event::Arrival(at) => self.welcome(at)?,
                     Event::News(at) => self.hear(at),
                     Event::NurseryDeath(at) => self.bury_nursery(at)?,
+                    Event::Complaint => {
+                        self.complaint.as_ref().map_or(Ok(()), Bell::drain)?;
+                        self.look_at = self.look_at.or(Some(now));
+                    }
                     Event::Orphans => self.reap_orphans(),
                     Event::Files => self.reload.as_mut().map_or(Ok(()), |reload| reload.note_changes(now))?,
                     Event::Checked(at) => self.conclude(at)?,
@@ -442,6 +486,7 @@ impl Supervisor {
         fds.extend(self.nurseries.iter().enumerate().flat_map(|(at, nursery)| nursery.fds(at)));
         fds.extend(self.orphans.iter().map(|orphans| (Event::Orphans, orphans.as_fd())));
         fds.extend(self.reload.iter().flat_map(Reload::fds));
+        fds.extend(self.complaint.iter().map(|complaint| (Event::Complaint, complaint.as_fd())));
         fds.extend(self.watch.fds().map(|fd| (Event::Overdue, fd)));
         let mut polls: Vec<_> = fds.iter().map(|(_, fd)| PollFd::from_borrowed_fd(*fd, PollFlags::IN)).collect();
         // Rounded up, so that what is due is due.
@@ -453,6 +498,54 @@ impl Supervisor {
         }
         let happened = fds.iter().zip(&polls).filter(|(_, poll)| !poll.revents().is_empty());
         Ok(happened.map(|((event, _), _)| *event).collect())
+    }
+
+    /// Looks at the workers that were rung and do not come. In a drain it kills those that hold no item, so that nobody waits
+    /// for them: while items are finished, those for which items wait, and then all.
+    fn look_for_silence(&mut self, now: Instant, stage: Stage) -> io::Result<()> {
+        self.look_at = None;
+        let holders = dispatch::holders(&self.segment);
+        for at in 0..self.seats.len() {
+            let seat = &self.seats[at];
+            let (Slot::Worker(number), Some(child)) = (seat.slot, &seat.child) else { continue };
+            let Some(pool) = self.topology.pool_of(number) else { continue };
+            let holds_item = holders.get(at).is_some_and(|holds| *holds);
+            let is_wanted = stage == Stage::Stopping || dispatch::has_waiting(&self.segment, pool);
+            let seen = Seen {
+                pid: child.pid(),
+                // A program that has not attached yet hears no bell.
+                is_rung: is_wanted && seat.record.has_arrived() && self.bells.worker(number).has_rung(),
+                holds_item,
+                completed: self.segment.returned(number),
+            };
+            let seat = &mut self.seats[at];
+            let news = seat.silence.look(seen, now);
+            let is_silent = seat.silence.is_silent();
+            let is_suspect = matches!(seat.silence, Silence::Suspect(..));
+            if stage == Stage::Stopping || is_suspect {
+                self.look_at = Some(now + PAUSE);
+            }
+            let process = self.process(self.seats[at].slot, seen.pid);
+            let told = self.stopping.map_or(Duration::ZERO, |since| now.saturating_duration_since(since));
+            match (stage, news) {
+                (Stage::Serving, News::Silent) => tracing::warn!(
+                    "{process} does not respond: it was woken for an item and has not taken one; it may be stopped or frozen"
+                ),
+                (Stage::Serving, News::Back) => tracing::info!("{process} responds again"),
+                (Stage::Draining | Stage::Stopping, _)
+                    if !holds_item && silence::must_end(is_silent, told) && is_wanted =>
+                {
+                    tracing::warn!(
+                        "{process} holds no item and does not end: it is killed, and nothing is lost by that"
+                    );
+                    if let Some(child) = &self.seats[at].child {
+                        child.kill()?;
+                    }
+                }
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// A program has attached: its pool may count on it.

@@ -324,6 +324,63 @@ fn a_worker_that_was_stopped_idle_stalls_nobody() {
     });
 }
 
+#[test]
+fn a_worker_that_does_not_respond_is_named_once_while_items_wait_for_it() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let client = server.client().await;
+        let stopped = server.child("w0").await;
+        let says = format!("worker 0 (pool \"echo\", pid {stopped}) does not respond");
+        for episode in 1..=2 {
+            assert_serves(&client, "echo").await;
+            signal(stopped, Signal::SIGSTOP);
+            let call = spawn_call(&client, WorkItem::new("echo", "x").with_id(episode));
+            let count = || server.log().matches(&says).count();
+            until("a line about it", || (count() == episode as usize).then_some(())).await;
+            // However often it is looked at, it is told once.
+            tokio::time::sleep(Duration::from_millis(2500)).await;
+            assert_eq!(count(), episode as usize, "{}", server.log());
+            signal(stopped, Signal::SIGCONT);
+            assert_eq!(answer(call).await.expect("a result").attempts, 1);
+        }
+        server.drain().await;
+    });
+}
+
+#[test]
+fn an_item_does_not_wait_for_a_stopped_worker_however_busy_the_front_is() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo:2=echo", "--pool", "other=echo"]).await;
+        let client = server.client().await;
+        assert_serves(&client, "echo").await;
+        let stopped = server.child("w0").await;
+        signal(stopped, Signal::SIGSTOP);
+        // The front wakes for each of these, and far more often than it looks after an item that waits.
+        let busy = server.client().await;
+        let traffic = async {
+            let item = || WorkItem::new("other", "x");
+            loop {
+                let (a, b, c, d) =
+                    tokio::join!(busy.call(item()), busy.call(item()), busy.call(item()), busy.call(item()));
+                for answer in [a, b, c, d] {
+                    answer.expect("a result");
+                }
+            }
+        };
+        let calls = async {
+            for _ in 0..20 {
+                assert_serves(&client, "echo").await;
+            }
+        };
+        tokio::select! {
+            () = calls => {}
+            () = traffic => unreachable!("it goes on for ever"),
+        }
+        signal(stopped, Signal::SIGCONT);
+        server.drain().await;
+    });
+}
+
 /// How long a worker is stopped; FORKRING_TEST_STOP makes it so many seconds.
 fn stop() -> Duration {
     let seconds = env::var("FORKRING_TEST_STOP").ok();

@@ -324,6 +324,44 @@ fn signals_that_come_at_once_are_one() {
 }
 
 #[test]
+fn a_worker_that_was_stopped_idle_holds_no_drain_up() {
+    run(async {
+        let mut server = Server::serve(&["--pool", "echo:2=echo", "--grace", "1h"]).await;
+        assert_serves(&server.client().await, "echo").await;
+        let family = server.family(2).await;
+        let stopped = server.child("w1").await;
+        signal(stopped, Signal::SIGSTOP);
+        server.signal(Signal::SIGTERM);
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        let log = server.log();
+        let says = format!("worker 1 (pool \"echo\", pid {stopped}) holds no item and does not end");
+        assert!(log.contains(&says), "{log}");
+    });
+}
+
+#[test]
+fn an_item_that_waits_for_a_stopped_worker_is_done_in_a_drain() {
+    run(async {
+        let mut server = Server::serve(&["--pool", "echo=echo", "--grace", "1h"]).await;
+        let client = server.client().await;
+        assert_serves(&client, "echo").await;
+        let mut family = server.family(1).await;
+        let stopped = server.child("w0").await;
+        signal(stopped, Signal::SIGSTOP);
+        let call = tokio::spawn(async move { client.call(WorkItem::new("echo", "x")).await });
+        // One that comes when it has been read.
+        Raw::connect(&server).await.settled().await;
+        server.signal(Signal::SIGTERM);
+        server.successor("w0", stopped).await;
+        family.extend(server.children());
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        assert_eq!(soon("an answer", call).await.expect("a task").expect("a result").attempts, 1);
+    });
+}
+
+#[test]
 fn the_grace_period_cuts_it_short() {
     run(async {
         let files = Files::new();
@@ -341,6 +379,7 @@ fn the_grace_period_cuts_it_short() {
         server.assert_gone(&family);
         assert!(!server.segment().exists());
         server.logged("the grace period is over").await;
+        server.logged("stopped before the drain was over: 2 processes were killed, and 1 call was not answered").await;
     });
 }
 

@@ -359,7 +359,7 @@ mod tests {
         assert_eq!(exit_code(&ConfigError::BodyTimeout.into()), 2);
         assert_eq!(exit_code(&ConnectError::Address("x".into()).into()), 2);
         assert_eq!(exit_code(&ServerError::NoPool.into()), 2);
-        assert_eq!(exit_code(&ServerError::from(SupervisorError::Killed { left: 1 }).into()), 1);
+        assert_eq!(exit_code(&ServerError::from(SupervisorError::Killed { left: 1, calls: 0, pending: 0 }).into()), 1);
         assert_eq!(exit_code(&anyhow::Error::from(BadUsage("what?".into())).context("a file")), 2);
     }
 }

@@ -21,7 +21,10 @@ use std::io;
 use tonic::Code;
 
 use super::{Failure, Phase, Word, lanes, letters, request, sweep};
-use crate::{crash_point::crash_point, segment::Segment};
+use crate::{
+    crash_point::crash_point,
+    segment::{ItemRecord, Segment},
+};
 
 /// Submitted items in a segment whose server is gone.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -45,6 +48,28 @@ impl Left {
         }
         left
     }
+}
+
+/// Returns how many calls have no answer yet: items that somebody waits for on a connection.
+pub fn unanswered(segment: &Segment) -> u32 {
+    let records = (0..segment.geometry().items).map(|index| segment.item(index));
+    let waits =
+        |record: &&ItemRecord| Word::load(&record.word).phase() != Phase::Free && !request::is_submitted(record);
+    records.filter(waits).count() as u32
+}
+
+/// Returns, for each worker, whether it holds an item.
+pub fn holders(segment: &Segment) -> Vec<bool> {
+    let mut holders = vec![false; segment.geometry().workers as usize];
+    for record in (0..segment.geometry().items).map(|index| segment.item(index)) {
+        let word = Word::load(&record.word);
+        if word.phase() == Phase::Claimed
+            && let Some(holds) = holders.get_mut(usize::from(word.owner()))
+        {
+            *holds = true;
+        }
+    }
+    holders
 }
 
 /// Makes a dead server's segment ready, before anybody is forked.

@@ -19,7 +19,7 @@ pub use stream::{Broken, Partial};
 pub use takeover::Adopted;
 
 use super::{
-    Bells, FRONT, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, lanes, mend,
+    Bells, FRONT, MAX_RESULT, Phase, SUPERVISOR, Topology, Word, has_waiting, lanes, mend,
     request::{
         Kind, Offer, OfferError, Request, extra_bytes, is_submitted, kind_word, request_spans, share, subscription_len,
     },
@@ -332,9 +332,13 @@ impl<'s> Front<'s> {
         }
     }
 
+    /// Returns whether an item waits in any lane.
+    pub fn has_waiting(&self) -> bool {
+        (0..self.topology.pools()).any(|pool| has_waiting(self.segment, pool))
+    }
+
     fn is_late(&self, pool: u16) -> bool {
-        self.segment.idle(pool).any()
-            && (0..PRIORITIES).any(|p| !self.segment.lane(super::lane_of(pool, p).into()).is_empty())
+        self.segment.idle(pool).any() && has_waiting(self.segment, pool)
     }
 
     fn known_mut(&mut self, index: u32) -> &mut Known {

@@ -39,7 +39,7 @@ mod waiting;
 mod word;
 mod worker;
 
-pub use adopt::{Left, adopt};
+pub use adopt::{Left, adopt, holders, unanswered};
 pub use failure::Failure;
 pub use front::{Adopted, Broken, Completion, Front, Outcome, Partial};
 pub use letters::{DeadLetters, Death};
@@ -223,6 +223,11 @@ const MAX_RESULT: usize = u32::MAX as usize - (1 << 20);
 /// How many lanes there are.
 fn lanes(segment: &Segment) -> u32 {
     segment.geometry().pools * PRIORITIES
+}
+
+/// Returns whether an item waits in one of a pool's lanes. A hint that is stale counts, too, until a worker clears it.
+pub(crate) fn has_waiting(segment: &Segment, pool: u16) -> bool {
+    (0..PRIORITIES).any(|priority| !segment.lane(lane_of(pool, priority).into()).is_empty())
 }
 
 /// The lane of a pool and priority.

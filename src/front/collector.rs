@@ -6,7 +6,10 @@
 
 use std::{convert::Infallible, io, mem::take, time::Duration};
 
-use tokio::{task::yield_now, time::sleep};
+use tokio::{
+    task::yield_now,
+    time::{Instant, sleep_until},
+};
 use tonic_health::{ServingStatus, server::HealthReporter};
 
 use super::hub::{Hub, until};
@@ -36,6 +39,8 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
     let mut seen = hub.activity.get();
     let mut epoch = None;
     let mut was_rung = false;
+    // When the next worker is rung for an item that waits. It stays while the front wakes for other reasons.
+    let mut late = None;
     loop {
         hub.release_sent();
         hub.with_front(|front| front.ring());
@@ -46,6 +51,10 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
         // sleeps hears no bell.
         let (before, rung) = (epoch.replace(segment.epoch()), take(&mut was_rung));
         let changed = before != epoch;
+        if rung {
+            // After a death, items may wait that were given back.
+            hub.watch_waiting();
+        }
         if (changed || rung) && !hub.is_draining() {
             let draining = hub.with_front(|front| front.is_draining());
             if changed || draining {
@@ -98,7 +107,8 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
         }
         // What nobody wanted was freed by that look, and does not count.
         hub.tell_of_room(false);
-        let late = hub.waits_for_lane() || hub.with_front(|front| front.somebody_is_late());
+        let is_late = hub.waits_for_lane() || hub.with_front(|front| front.somebody_is_late());
+        late = is_late.then(|| late.unwrap_or_else(|| Instant::now() + LATE));
         tokio::select! {
             biased;
             () = hub.notify.notified() => {}
@@ -107,7 +117,8 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
                 was_rung = true;
             }
             () = until(deadline.unwrap_or(0)) => {}
-            () = sleep(LATE), if late => {
+            () = sleep_until(late.unwrap_or_else(Instant::now)), if late.is_some() => {
+                late = None;
                 hub.with_front(|front| front.ring_next());
                 hub.tell_of_room(true);
             }

@@ -135,6 +135,10 @@ pub struct Hub {
     pub released: Arc<Released>,
     /// Wakes the collector.
     pub notify: Arc<Notify>,
+    /// Told when an item may wait from now on, if somebody waits for that.
+    waits: Notify,
+    /// Nobody does.
+    is_watched: Cell<bool>,
     /// Told of each collection.
     pub progress: Notify,
     /// Counts what the sockets brought: the collector's spinning goes by it.
@@ -181,6 +185,8 @@ impl Hub {
             serials: RefCell::new(vec![0; items]),
             released: Arc::new(Released { items: Mutex::default(), notify: notify.clone() }),
             notify,
+            waits: Notify::new(),
+            is_watched: Cell::new(false),
             progress: Notify::new(),
             activity: Cell::new(0),
             draining: watch::Sender::new(false),
@@ -307,9 +313,23 @@ impl Hub {
         self.offers.set(serial);
         self.serials.borrow_mut()[index as usize] = serial;
         self.watch(deadline, index, serial);
+        self.watch_waiting();
         // It rings the workers, once for all that is offered before its turn comes.
         self.notify.notify_one();
         Ok(index)
+    }
+
+    /// An item may wait from now on: `waiting` looks after it.
+    pub fn watch_waiting(&self) {
+        if !self.is_watched.replace(true) {
+            self.waits.notify_one();
+        }
+    }
+
+    /// Waits for that.
+    pub async fn something_may_wait(&self) {
+        self.is_watched.set(false);
+        self.waits.notified().await;
     }
 
     /// Watches a deadline, unless it is none. Those of items that have ended stay until they are due, or until there are many of them.

@@ -32,6 +32,7 @@ mod status;
 mod submit;
 mod unary;
 mod updates;
+mod waiting;
 pub mod wire;
 
 use std::{io, net::TcpListener, rc::Rc};
@@ -51,6 +52,7 @@ pub fn run(
     adopted: Vec<Adopted>,
     bell: &Bell,
     listener: &TcpListener,
+    complaint: &Bell,
     pools: Vec<String>,
     config: &Config,
 ) -> io::Result<()> {
@@ -68,6 +70,7 @@ pub fn run(
         };
         tokio::select! {
             collected = collector::run(&hub, &bell, reporter, config.spin) => collected.map(|never| match never {}),
+            watched = waiting::run(&hub, complaint) => watched.map(|never| match never {}),
             served = serve => served,
         }?;
         crash_point!("front.drained");

@@ -112,7 +112,7 @@ impl Supervisor {
             signals.leave();
         }
         if role != Role::Front {
-            self.listener = None;
+            (self.listener, self.complaint) = (None, None);
         }
     }
 
@@ -167,11 +167,12 @@ impl Supervisor {
                 let names = self.pools.iter().map(|pool| pool.name.clone()).collect();
                 let (front, adopted) = Front::attach(segment, self.topology.clone(), self.bells.clone(), number);
                 crash_point!("front.attached");
-                match &self.listener {
-                    Some(listener) => {
-                        front::run(front, adopted, self.bells.front(number), listener, names, &self.config)
+                match (&self.listener, &self.complaint) {
+                    (Some(listener), Some(complaint)) => {
+                        let bell = self.bells.front(number);
+                        front::run(front, adopted, bell, listener, complaint, names, &self.config)
                     }
-                    None => Err(io::Error::other("the front has no listening socket")),
+                    _ => Err(io::Error::other("the front has no listening socket")),
                 }
             }
             Slot::Supervisor => Ok(()),
