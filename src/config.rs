@@ -113,8 +113,8 @@ pub struct Config {
     /// How much memory a worker may have beside the segment. Default: 0, no limit. A pool may have
     /// [its own](PoolSpec::worker_memory).
     pub worker_memory: ByteSize,
-    /// Environment variables of workers; `{worker}` in a value is the worker's number in its pool, from 0. Default: none beside
-    /// the server's own. A pool may have [more](PoolSpec::worker_env).
+    /// Environment variables of workers; in a value `{worker}` is the worker's number in its pool, from 0, and `{slot}` its
+    /// number over all pools. Default: none beside the server's own. A pool may have [more](PoolSpec::worker_env).
     #[serde(deserialize_with = "units::variables")]
     pub worker_env: BTreeMap<String, String>,
     /// Which CPU each worker keeps to. Default: [`Affinity::Off`]. A pool may have [its own](PoolSpec::affinity).
@@ -276,11 +276,27 @@ impl Config {
         Some(pool.worker_memory.unwrap_or(self.worker_memory)).filter(|memory| memory.bytes() != 0)
     }
 
-    /// Where the pool's workers run, and with what environment.
+    /// Where the pool's workers run, and with what environment, as if it were the first pool.
     pub fn place_of(&self, pool: &PoolSpec) -> Place {
         let mut variables = self.worker_env.clone();
         variables.extend(pool.worker_env.clone());
-        Place::new(variables, pool.affinity.as_ref().unwrap_or(&self.affinity))
+        Place::new(variables, self.affinity_of(pool))
+    }
+
+    /// The same for all pools, in order: slots are counted, and CPUs dealt out, over pools.
+    pub fn places(&self) -> Vec<Place> {
+        let workers = |pools: &[&PoolSpec]| pools.iter().map(|pool| self.workers_of(pool)).fold(0, u16::saturating_add);
+        let place = |(at, pool): (usize, &PoolSpec)| {
+            let before: Vec<_> = self.pools[..at].iter().collect();
+            let alike = |other: &&PoolSpec| self.affinity_of(other) == self.affinity_of(pool);
+            let on_these_cpus: Vec<_> = before.iter().copied().filter(alike).collect();
+            self.place_of(pool).after(workers(&before), workers(&on_these_cpus))
+        };
+        self.pools.iter().enumerate().map(place).collect()
+    }
+
+    fn affinity_of<'a>(&'a self, pool: &'a PoolSpec) -> &'a Affinity {
+        pool.affinity.as_ref().unwrap_or(&self.affinity)
     }
 
     /// Refuses what cannot work.
@@ -532,6 +548,7 @@ mod tests {
         assert_eq!(places[0], [("DEVICE".to_owned(), "3".to_owned()), ("MODE".to_owned(), "all".to_owned())]);
         assert_eq!(places[1], [("DEVICE".to_owned(), "3".to_owned()), ("MODE".to_owned(), "one".to_owned())]);
         assert_eq!(config.place_of(count).cpu(5), Some(0));
+        assert_eq!(config.places().len(), 2);
         assert_eq!(config.validate().map_err(|error| error.to_string()), Ok(()));
     }
 
@@ -692,6 +709,41 @@ mod tests {
         #[test]
         fn no_file_breaks_the_parser(text in "[a-z\\[\\]=\"'\\n0-9ü ]{0,40}") {
             let _ = parse(&text);
+        }
+    }
+
+    #[test]
+    fn cpus_are_dealt_out_over_the_pools_that_share_them() {
+        let pool = |name: &str, workers: u16, affinity: Option<&str>| PoolSpec {
+            workers: Some(workers),
+            affinity: affinity.map(|text| text.parse().expect("an affinity")),
+            ..format!("{name}=echo").parse().expect("a pool")
+        };
+        let config = Config {
+            affinity: Affinity::Cpus(vec![4, 5, 6]),
+            worker_env: variables(&[("SLOT", "{slot}")]),
+            pools: vec![
+                pool("a", 2, None),
+                pool("own", 3, Some("8,9")),
+                pool("off", 1, Some("off")),
+                pool("b", 2, None),
+                pool("same", 1, Some("8,9")),
+            ],
+            ..Config::default()
+        };
+        let of = |place: &Place, workers: u16| -> Vec<_> {
+            (0..workers).map(|n| (place.cpu(n), place.variables(n)[0].1.clone())).collect()
+        };
+        let wanted: [&[(Option<u16>, &str)]; 5] = [
+            &[(Some(4), "0"), (Some(5), "1")],
+            &[(Some(8), "2"), (Some(9), "3"), (Some(8), "4")],
+            &[(None, "5")],
+            &[(Some(6), "6"), (Some(4), "7")],
+            &[(Some(9), "8")],
+        ];
+        for (place, wanted) in config.places().iter().zip(wanted) {
+            let wanted: Vec<_> = wanted.iter().map(|(cpu, slot)| (*cpu, (*slot).to_owned())).collect();
+            assert_eq!(of(place, wanted.len() as u16), wanted);
         }
     }
 }

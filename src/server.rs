@@ -160,8 +160,8 @@ impl Pool {
         self
     }
 
-    /// An environment variable of its workers, over those in [`Config::worker_env`]; `{worker}` in the value is the worker's
-    /// number in this pool, from 0, as in `CUDA_VISIBLE_DEVICES={worker}`.
+    /// An environment variable of its workers, over those in [`Config::worker_env`]. In the value `{worker}` is the worker's
+    /// number in this pool, from 0, as in `CUDA_VISIBLE_DEVICES={worker}`, and `{slot}` its number over all pools.
     pub fn worker_env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.worker_env.insert(name.into(), value.into());
         self
@@ -305,7 +305,7 @@ impl Server {
         }
         self.config.validate()?;
         let config = &self.config;
-        let places: Vec<_> = config.pools.iter().map(|spec| config.place_of(spec)).collect();
+        let places = config.places();
         let mut apps: Vec<App> = Vec::new();
         for (number, (pool, place)) in (0..).zip(self.pools.iter().zip(&places)) {
             let (Some(program), variables) = (pool.program_of(), place.variables(0)) else { continue };

@@ -52,3 +52,20 @@ fn each_worker_has_its_own_environment_and_cpu() {
         server.drain().await;
     });
 }
+
+#[test]
+fn pools_share_devices_and_cpus_by_turns() {
+    run(async {
+        let cpus = process::allowed_cpus();
+        let pools = ["a", "b", "c"].map(|pool| format!("{pool}:1=exec:sh -c 'echo {TELL}'"));
+        let mut args: Vec<&str> = pools.iter().flat_map(|pool| ["--pool", pool.as_str()]).collect();
+        args.extend(["--worker-env", "DEVICE=gpu{slot}", "--worker-env", "c:MODE={worker}", "--affinity", "auto"]);
+        let server = Server::serve(&args).await;
+        let client = server.client().await;
+        for (slot, (pool, mode)) in [("a", ""), ("b", ""), ("c", "0")].into_iter().enumerate() {
+            let cpu = cpus[slot % cpus.len()];
+            assert_eq!(ask(&client, pool).await, format!("gpu{slot}|{mode}|{cpu}"));
+        }
+        server.drain().await;
+    });
+}

@@ -26,11 +26,11 @@ def serve(
 
     A handler is a function or class at the top of a module: workers are fresh processes that import it. In a script, call
     this under `if __name__ == "__main__":`, and before anything that starts threads. `worker_env` are environment
-    variables of workers, `{worker}` in a value being the worker's number in its pool; `affinity` is "auto" or the CPUs that
-    are dealt out to a pool's workers in turn. With `preload` the handlers are imported once, and the workers forked from
-    there; with `reload` workers are replaced when a file changes that they were imported from. With `log_failures` items
-    that failed are lines of the server's log, at most ten a second. `options` are more of `forkring serve`'s. What is wrong
-    is said on stderr, and is a SystemExit.
+    variables of workers; in a value `{worker}` is the worker's number in its pool, and `{slot}` its number over all pools.
+    `affinity` is "auto" or the CPUs that are dealt out to all workers in turn. With `preload` the handlers are imported once,
+    and the workers forked from there; with `reload` workers are replaced when a file changes that they were imported from.
+    With `log_failures` items that failed are lines of the server's log, at most ten a second. `options` are more of
+    `forkring serve`'s. What is wrong is said on stderr, and is a SystemExit.
     """
     if not handlers:
         raise TypeError("serve() takes at least one handler")

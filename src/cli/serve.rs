@@ -127,12 +127,13 @@ pub struct ServeArgs {
     #[arg(long, env = "FORKRING_WORKER_MEMORY", value_name = "[POOL=]SIZE", value_delimiter = ',', value_parser = memory)]
     worker_memory: Vec<Limit<ByteSize>>,
 
-    /// An environment variable of workers, {worker} being the worker's number in its pool; repeatable: of one pool, or of all
+    /// An environment variable of workers, {worker} being the worker's number in its pool and {slot} its number over all pools;
+    /// repeatable: of one pool, or of all
     #[arg(long, env = "FORKRING_WORKER_ENV", value_name = "[POOL:]NAME=VALUE", value_delimiter = '\n')]
     worker_env: Vec<Variable>,
 
-    /// Which CPU each worker keeps to: auto (one after the other), off, or a list such as 0-3,8 that is dealt out in turn;
-    /// repeatable: of one pool, or of all others [default: off]
+    /// Which CPU each worker keeps to: auto (one after the other), off, or a list such as 0-3,8; dealt out in turn over all pools
+    /// with the same setting; repeatable: of one pool, or of all others [default: off]
     #[arg(long, env = "FORKRING_AFFINITY", value_name = "[POOL=]CPUS", value_delimiter = '\n', value_parser = affinity)]
     affinity: Vec<Limit<Affinity>>,
 

@@ -1,7 +1,9 @@
 //! Where workers run and with what environment: the CPU that each keeps to, and the variables that each is given.
 //!
-//! Both go by the worker's number *in its pool*, from 0: so `CUDA_VISIBLE_DEVICES={worker}` gives each worker of a pool a
-//! device of its own, and what one pool's workers have does not change when another pool grows.
+//! A variable may contain the worker's number *in its pool*, from 0: `CUDA_VISIBLE_DEVICES={worker}` gives each worker of a
+//! pool a device of its own, and what one pool's workers have does not change when another pool grows. Pools that share
+//! devices use the worker's *slot*, its number over all pools: `CUDA_VISIBLE_DEVICES={slot}`. CPUs are dealt out in turn to
+//! the workers of all pools that have the same affinity.
 
 use std::{collections::BTreeMap, fmt, str::FromStr};
 
@@ -12,6 +14,8 @@ use crate::process;
 
 /// What stands for the worker's number in a variable's value.
 const NUMBER: &str = "{worker}";
+/// What stands for its number over all pools.
+const SLOT: &str = "{slot}";
 
 /// Which CPU each worker of a pool keeps to.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -19,7 +23,8 @@ pub enum Affinity {
     /// The kernel decides.
     #[default]
     Off,
-    /// Worker i keeps to the i-th CPU that the server may use, and from the first again when there are more workers.
+    /// Each worker keeps to the next CPU that the server may use, over all pools that have this; and from the first again
+    /// when there are more workers.
     Auto,
     /// The same with these CPUs.
     Cpus(Vec<u16>),
@@ -89,7 +94,7 @@ pub struct Variable {
     pub pool: Option<String>,
     /// Its name.
     pub name: String,
-    /// Its value, in which `{worker}` is the worker's number in its pool.
+    /// Its value, in which `{worker}` is the worker's number in its pool and `{slot}` its number over all pools.
     pub value: String,
 }
 
@@ -122,6 +127,10 @@ pub struct Place {
     variables: BTreeMap<String, String>,
     /// In turn; none: the kernel decides.
     cpus: Vec<u16>,
+    /// Workers of the pools before this one.
+    first_slot: u16,
+    /// Workers of those of them that the same CPUs are dealt out to.
+    first_cpu: u16,
 }
 
 impl Place {
@@ -132,7 +141,13 @@ impl Place {
             Affinity::Auto => process::allowed_cpus(),
             Affinity::Cpus(cpus) => cpus.clone(),
         };
-        Place { variables, cpus }
+        Place { variables, cpus, first_slot: 0, first_cpu: 0 }
+    }
+
+    /// The same for a pool that comes after others: after so many workers in all, and after so many that the same CPUs are
+    /// dealt out to.
+    pub fn after(self, workers: u16, on_these_cpus: u16) -> Self {
+        Place { first_slot: workers, first_cpu: on_these_cpus, ..self }
     }
 
     /// Refuses variables that cannot be set, and CPUs that this process may not use.
@@ -150,19 +165,22 @@ impl Place {
 
     /// The variables of the worker with this number in the pool.
     pub fn variables(&self, worker: u16) -> Vec<(String, String)> {
-        let value = |value: &String| value.replace(NUMBER, &worker.to_string());
+        let slot = self.first_slot.saturating_add(worker);
+        let value = |value: &String| value.replace(NUMBER, &worker.to_string()).replace(SLOT, &slot.to_string());
         self.variables.iter().map(|(name, text)| (name.clone(), value(text))).collect()
     }
 
     /// Those that all workers have alike.
     pub fn constants(&self) -> Vec<(String, String)> {
-        let constant = self.variables.iter().filter(|(_, value)| !value.contains(NUMBER));
+        let constant =
+            self.variables.iter().filter(|(_, value)| ![NUMBER, SLOT].iter().any(|name| value.contains(name)));
         constant.map(|(name, value)| (name.clone(), value.clone())).collect()
     }
 
     /// The CPU that it keeps to, if to one.
     pub fn cpu(&self, worker: u16) -> Option<u16> {
-        self.cpus.get(usize::from(worker) % self.cpus.len().max(1)).copied()
+        let turn = usize::from(self.first_cpu) + usize::from(worker);
+        self.cpus.get(turn % self.cpus.len().max(1)).copied()
     }
 }
 
@@ -207,9 +225,21 @@ mod tests {
         assert_eq!(place.constants(), std::slice::from_ref(&b));
         assert_eq!(place.variables(7), [("A".to_owned(), "7/7 {other}".to_owned()), b]);
         assert_eq!([0, 1, 2].map(|worker| place.cpu(worker)), [Some(4), Some(2), Some(4)]);
+        let next = place.after(5, 1);
+        assert_eq!(next.variables(7)[0].1, "7/7 {other}", "in its pool");
+        assert_eq!([0, 1, 2].map(|worker| next.cpu(worker)), [Some(2), Some(4), Some(2)]);
         assert_eq!(Place::new(BTreeMap::new(), &Affinity::Off).cpu(1), None);
         let auto = Place::new(BTreeMap::new(), &Affinity::Auto);
         assert_eq!(auto.cpu(0), process::allowed_cpus().first().copied());
+    }
+
+    #[test]
+    fn a_slot_counts_over_all_pools() {
+        let variables = BTreeMap::from([("A".to_owned(), "gpu{slot}.{worker}".to_owned())]);
+        let place = Place::new(variables, &Affinity::Off);
+        assert_eq!(place.constants(), []);
+        assert_eq!(place.variables(2)[0].1, "gpu2.2");
+        assert_eq!(place.after(5, 0).variables(2)[0].1, "gpu7.2");
     }
 
     proptest! {
