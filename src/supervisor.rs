@@ -218,6 +218,8 @@ pub struct Supervisor {
     complaint: Option<Bell>,
     /// When to look at the workers again that were rung.
     look_at: Option<Instant>,
+    /// When the drain began, and how many items had been completed by then.
+    draining: Option<(Instant, u64)>,
     /// When the workers were told to end.
     stopping: Option<Instant>,
     /// No front has ended yet.
@@ -295,6 +297,7 @@ impl Supervisor {
             constants: Vec::new(),
             complaint: Some(Bell::pollable()?),
             look_at: None,
+            draining: None,
             stopping: None,
             is_first_front: true,
             signals: Some(signals),
@@ -311,7 +314,7 @@ impl Supervisor {
             self.constants = self.segment.constants();
             self.is_open = true;
             crash_point!("supervisor.opened");
-            tracing::info!(name = self.owner.name(), workers = self.seats.len() - 1, "serving");
+            self.tell_serving();
             result = self.supervise();
         }
         // After a drain nobody is left; after an error or a second signal this is the end of them.
@@ -336,7 +339,31 @@ impl Supervisor {
             self.owner.own();
         }
         result?;
+        if let (0, Some((began, completed))) = (left, self.draining) {
+            let items = self.completed().wrapping_sub(completed);
+            tracing::info!(items, took = ?began.elapsed(), "drained: what was accepted is finished");
+        }
         if left > 0 { Err(SupervisorError::Killed { left, calls, pending }) } else { Ok(()) }
+    }
+
+    /// Says where it serves what.
+    fn tell_serving(&self) {
+        let workers = |count: u16| if count == 1 { "1 worker".to_owned() } else { format!("{count} workers") };
+        let pools = self.pools.iter().map(|pool| format!("{} ({})", pool.name, workers(pool.workers)));
+        let listen = self.listener.as_ref().and_then(|listener| listener.local_addr().ok());
+        tracing::info!(
+            name = self.owner.name(),
+            listen = listen.map(tracing::field::display),
+            workers = self.seats.len() - 1,
+            "serving {}",
+            pools.collect::<Vec<_>>().join(", ")
+        );
+    }
+
+    /// Returns how many items the workers have completed, on a count that may begin anywhere.
+    fn completed(&self) -> u64 {
+        let workers = 0..self.segment.geometry().workers as u16;
+        workers.fold(0, |sum, worker| sum.wrapping_add(self.segment.returned(worker)))
     }
 
     fn start(&mut self) -> Result<(), SupervisorError> {
@@ -403,6 +430,7 @@ impl Supervisor {
                 match told_at {
                     None => {
                         tracing::info!(grace = ?self.config.grace, "draining");
+                        self.draining = Some((Instant::now(), self.completed()));
                         stage = Stage::Draining;
                         told_at = Some(Instant::now());
                         give_up_at = Instant::now().checked_add(self.config.grace);

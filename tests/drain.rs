@@ -324,6 +324,38 @@ fn signals_that_come_at_once_are_one() {
 }
 
 #[test]
+fn the_log_says_what_is_served_and_that_a_drain_is_done() {
+    run(async {
+        let files = Files::new();
+        let server = Server::handlers(&["hold", "count"], "workers = 2").await;
+        let line = server.logged(" INFO serving ").await;
+        for says in [&server.addr, &server.name, "hold (2 workers), count (2 workers)"] {
+            assert!(line.contains(says), "`{line}` does not say {says}");
+        }
+        let client = server.client().await;
+        soon("an answer", client.call(WorkItem::new("count", ""))).await.expect("a result");
+        let calls = [1, 2].map(|id| {
+            let (client, item) = (client.clone(), files.holding(id, "go"));
+            tokio::spawn(async move { client.call(item).await })
+        });
+        files.began(2).await;
+        let (mut server, family) = (server, Vec::new());
+        server.signal(Signal::SIGTERM);
+        server.logged("draining").await;
+        assert!(!server.log().contains(" INFO drained"), "{}", server.log());
+        files.make("go");
+        for call in calls {
+            soon("an answer", call).await.expect("a task").expect("a result");
+        }
+        let status = server.ended().await;
+        server.assert_drained(status, &family);
+        let log = server.log();
+        let lines: Vec<_> = log.lines().filter(|line| line.contains(" INFO drained")).collect();
+        assert!(lines.len() == 1 && lines[0].contains("items=2") && lines[0].contains("took="), "{log}");
+    });
+}
+
+#[test]
 fn a_worker_that_was_stopped_idle_holds_no_drain_up() {
     run(async {
         let mut server = Server::serve(&["--pool", "echo:2=echo", "--grace", "1h"]).await;
