@@ -15,7 +15,7 @@ use crate::segment::{ABI, Geometry, Layout};
 /// The environment variable.
 pub const VARIABLE: &str = "FORKRING_WORKER";
 /// Changes when the meaning of anything in it does.
-pub(crate) const VERSION: u32 = 1;
+pub(crate) const VERSION: u32 = 2;
 
 /// The contract between a server and a worker program.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -172,11 +172,11 @@ mod tests {
             assert!(text.contains(from), "{text}");
             Contract::from_text(&text.replacen(from, to, 1)).expect_err("not a contract").to_string()
         };
-        assert!(error("\"version\":1", "\"version\":2").contains("version 2"));
+        assert!(error("\"version\":2", "\"version\":3").contains("version 3"));
         // Another version may have any other fields.
-        assert!(error("\"version\":1", "\"version\":2,\"more\":0").contains("version 2"));
+        assert!(error("\"version\":2", "\"version\":3,\"more\":0").contains("version 3"));
         for (from, to) in [
-            ("\"version\":1,", ""),
+            ("\"version\":2,", ""),
             ("\"worker\":1", "\"worker\":70000"),
             ("\"worker\":1", "\"worker\":1,\"more\":0"),
             ("[5,6]", "5"),

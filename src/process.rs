@@ -6,6 +6,7 @@
 //!   that the child does not have. That is why gRPC and fork cannot hurt each other here.
 //! - A child never runs a destructor or an exit handler of its parent's: it ends in `_exit`, also when it panics.
 //! - A child is killed when its parent dies, even if the parent died before the child could ask for that.
+//! - A [`Title`] is shown by `ps` instead of the command line, which stays as it is for whoever reads it in this process.
 //! - While there is a [`DeadChildren`], a child that died is there until it is reaped, whatever this process was started with.
 #![allow(unsafe_code)]
 
@@ -26,7 +27,10 @@ use nix::{
 use rustix::{
     event::{EventfdFlags, eventfd},
     io::{Errno, FdFlags, fcntl_getfd, fcntl_setfd, read, retry_on_intr, write},
-    process::{Pid, PidfdFlags, Resource, Rlimit, Signal, WaitId, WaitIdOptions, WaitOptions},
+    process::{
+        Pid, PidfdFlags, PrctlMmMap, Resource, Rlimit, Signal, WaitId, WaitIdOptions, WaitOptions,
+        configure_virtual_memory_map,
+    },
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
@@ -166,6 +170,85 @@ pub fn stop() {
 pub fn exit(code: u8) -> ! {
     // SAFETY: `_exit` has no preconditions.
     unsafe { nix::libc::_exit(code.into()) }
+}
+
+/// The title of this process, which `ps -o args` shows instead of its command line for as long as this lives.
+#[derive(Debug)]
+pub struct Title {
+    /// Where the command line was before.
+    before: (u64, u64),
+}
+
+impl Title {
+    /// Sets it. Refused unless this process has one thread; and the kernel may lack what it takes
+    /// (`CONFIG_CHECKPOINT_RESTORE`).
+    ///
+    /// The kernel is told to look for the command line elsewhere. The command line itself is not written over, because
+    /// `std::env::args` reads it whenever it is asked.
+    pub fn set(text: &str) -> io::Result<Self> {
+        let mut line: Vec<u8> = text.bytes().filter(|byte| *byte != 0).collect();
+        line.push(0);
+        // For as long as the process lives: anybody may ask the kernel for it at any time.
+        let line: &'static [u8] = line.leak();
+        let start = line.as_ptr().expose_provenance() as u64;
+        Ok(Title { before: move_command_line((start, start + line.len() as u64))? })
+    }
+
+    /// Leaves it for good.
+    pub fn keep(self) {
+        std::mem::forget(self);
+    }
+}
+
+impl Drop for Title {
+    fn drop(&mut self) {
+        // If there are more threads by now, or a filter of system calls, the title stays.
+        let _ = move_command_line(self.before);
+    }
+}
+
+/// Returns the title of a worker.
+pub fn worker_title(number: u16, pool: &str) -> String {
+    format!("forkring: worker {number} {pool}")
+}
+
+/// Tells the kernel where this process's command line is. Returns where it was.
+fn move_command_line((arg_start, arg_end): (u64, u64)) -> io::Result<(u64, u64)> {
+    if threads()?.len() != 1 {
+        return Err(io::Error::other("a title is not set beside threads that may allocate memory meanwhile"));
+    }
+    let stat = fs::read_to_string("/proc/self/stat")?;
+    let malformed = || io::Error::from(io::ErrorKind::InvalidData);
+    let fields = stat.rsplit_once(") ").ok_or_else(malformed)?.1;
+    let fields: Vec<&str> = fields.split_ascii_whitespace().collect();
+    // As proc_pid_stat(5) numbers them; the third comes first here.
+    let field = |number: usize| fields.get(number - 3).and_then(|text| text.parse().ok()).ok_or_else(malformed);
+    let before = (field(48)?, field(49)?);
+    let mut map = PrctlMmMap {
+        start_code: field(26)?,
+        end_code: field(27)?,
+        start_data: field(45)?,
+        end_data: field(46)?,
+        start_brk: field(47)?,
+        brk: 0,
+        start_stack: field(28)?,
+        arg_start,
+        arg_end,
+        env_start: field(50)?,
+        env_end: field(51)?,
+        // Left as they are.
+        auxv: std::ptr::null_mut(),
+        auxv_size: 0,
+        exe_fd: -1,
+    };
+    // SAFETY: the kernel gets back what it has just told, but for the command line, of which it only reads. The end of the heap
+    // is asked for last: nobody can move it until it is set to the same again, for there is no other thread, as just checked, and
+    // nothing is allocated in between.
+    unsafe {
+        map.brk = nix::libc::sbrk(0).expose_provenance() as u64;
+        configure_virtual_memory_map(&map)?;
+    }
+    Ok(before)
 }
 
 /// Whether the orphans of this process's descendants become its children, and not those of a process above it.

@@ -171,6 +171,20 @@ pub fn inherit() -> Result<(), AttachError> {
     Ok(())
 }
 
+/// Shows in `ps` which worker this process is, once it has [inherited](inherit): for programs that have no better title. A
+/// process that cannot have one, as for its threads, goes on without.
+pub fn set_title() {
+    if let Heritage::Taken(contract, _) = &*HERITAGE.lock().unwrap_or_else(PoisonError::into_inner) {
+        show(&process::worker_title(contract.worker, &contract.pool));
+    }
+}
+
+fn show(title: &str) {
+    if let Ok(title) = process::Title::set(title) {
+        title.keep();
+    }
+}
+
 /// A process that is a worker.
 pub struct Attached {
     worker: Worker<'static>,

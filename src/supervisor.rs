@@ -306,6 +306,7 @@ impl Supervisor {
 
     /// Forks everybody and supervises them until a drain is over.
     pub fn run(mut self) -> Result<(), SupervisorError> {
+        let _title = spawn::set_title(&format!("forkring: supervisor ({})", self.owner.name()));
         let mut result = self.start();
         if result.is_ok() {
             // From now on there may be something in it that must outlive this process, however it ends.

@@ -119,6 +119,32 @@ async fn descriptors_are_what_a_child_needs() {
     server.drain().await;
 }
 
+/// What `ps -o args` shows of a process.
+fn title(pid: i32) -> String {
+    let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+    String::from_utf8_lossy(&line).trim_end_matches('\0').replace('\0', " ")
+}
+
+/// Each process says what it is; a program keeps its own title.
+async fn titles_say_what_a_process_is() {
+    let server = server().await;
+    let program = env::current_exe().expect("a program").display().to_string();
+    let (front, supervisor) =
+        (format!("forkring: front 0 ({})", server.name), format!("forkring: supervisor ({})", server.name));
+    assert_eq!(title(server.pid()), supervisor);
+    for (name, wanted) in [
+        ("front", front.as_str()),
+        ("w0", "forkring: worker 0 echo"),
+        ("w1", "forkring: worker 1 echo"),
+        ("w2", &format!("{program} -m forkring._worker app:plain")),
+        ("w4", "forkring: worker 4 many"),
+        ("n2", "forkring: zygote many"),
+    ] {
+        assert_eq!(title(server.child(name).await), wanted, "{name}");
+    }
+    server.drain().await;
+}
+
 fn main() -> ExitCode {
     if program::is_it() {
         program::run();
@@ -127,6 +153,7 @@ fn main() -> ExitCode {
     // A test runner may only ask for names.
     if !env::args().any(|argument| argument == "--list") {
         run(descriptors_are_what_a_child_needs());
+        run(titles_say_what_a_process_is());
     }
     ExitCode::SUCCESS
 }

@@ -87,7 +87,7 @@ fn a_worker_is_not_started_by_hand() {
             "{outcome:?}"
         );
         // As a program that a worker starts would inherit it.
-        let contract = r#"{"version":1,"supervisor":1,"name":"x","worker":0,"pool":"x","pools":[1],"abi":1,"layout":1,
+        let contract = r#"{"version":2,"supervisor":1,"name":"x","worker":0,"pool":"x","pools":[1],"abi":1,"layout":1,
             "geometry":{"items":1,"fronts":1,"workers":1,"pools":1,"request_bytes":1,"result_bytes":1,"letter_bytes":0},
             "segment":9,"front_bells":[9],
             "worker_bells":[9],"end_bell":9,"arrival":9,"item_timer":null,"is_open":true,"spin":"auto","max_message":1}"#;

@@ -24,7 +24,9 @@ impl Nursery {
 impl Nursery {
     #[new]
     fn new() -> PyResult<Self> {
-        Ok(Nursery { nursery: Some(sdk::Nursery::from_env().map_err(error)?) })
+        let nursery = sdk::Nursery::from_env().map_err(error)?;
+        nursery.set_title(false);
+        Ok(Nursery { nursery: Some(nursery) })
     }
 
     /// Says that the app is imported.
@@ -51,7 +53,10 @@ impl Nursery {
 
     /// In the worker: sets it up, and returns the variables for its environment.
     fn settle_in(&self) -> PyResult<Vec<(String, String)>> {
-        self.get()?.settle_in().map_err(error)
+        let nursery = self.get()?;
+        let variables = nursery.settle_in().map_err(error)?;
+        nursery.set_title(true);
+        Ok(variables)
     }
 
     /// In the worker: leaves the worker's place in the server for whatever takes it.

@@ -28,7 +28,9 @@ struct Function {
 /// Takes what the server has left open for this worker, so that no program that is started from now on inherits it.
 #[pyfunction]
 pub fn inherit() -> PyResult<()> {
-    sdk::inherit().map_err(|error| PyRuntimeError::new_err(error.to_string()))
+    sdk::inherit().map_err(|error| PyRuntimeError::new_err(error.to_string()))?;
+    sdk::set_title();
+    Ok(())
 }
 
 /// Takes the worker's place in the server that started this process, and handles items by `handler(item)` until the server

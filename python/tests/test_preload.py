@@ -6,6 +6,7 @@ import re
 import resource
 import signal
 import subprocess
+from pathlib import Path
 
 import grpc
 import numpy
@@ -286,3 +287,19 @@ def test_a_nursery_is_not_started_by_hand(tmp_path):
     command = [os.path.join(os.path.dirname(FORKRING), "python"), "-m", "forkring._worker", "--preload", "app:handle"]
     outcome = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=PATIENCE)
     assert outcome.returncode != 0 and "FORKRING_NURSERY is not set" in outcome.stderr
+
+
+def test_each_process_says_in_its_title_what_it_is(serve):
+    app = serve("shared=preloaded.py:origin", arguments=["--preload"])
+    plain = serve("alone=preloaded.py:origin")
+
+    def title(pid):
+        return Path(f"/proc/{pid}/cmdline").read_text().rstrip("\0")
+
+    app.call("shared")
+    plain.call("alone")
+    assert title(app.nursery()) == "forkring: zygote shared"
+    assert title(app.workers()["forkring-w0"]) == "forkring: worker 0 shared"
+    assert title(app.front()) == f"forkring: front 0 ({app.name})"
+    assert title(plain.workers()["forkring-w0"]) == "forkring: worker 0 alone"
+    assert title(plain.process_id) == f"forkring: supervisor ({plain.name})"

@@ -22,6 +22,8 @@ pub(crate) struct Nursery {
     pub supervisor: u32,
     /// Which one it is, for people.
     pub name: String,
+    /// Its pool's name.
+    pub pool: String,
     /// The nursery's end of the sockets.
     pub socket: RawFd,
     /// What workers inherit.
@@ -74,6 +76,7 @@ mod tests {
             version: super::super::VERSION,
             supervisor: 7,
             name: "forkring-n0".to_owned(),
+            pool: "hash".to_owned(),
             socket: 3,
             inherited: vec![4, 5],
         };
@@ -83,7 +86,7 @@ mod tests {
             assert!(text.contains(from), "{text}");
             Nursery::from_text(&text.replacen(from, to, 1)).expect_err("not a contract").to_string()
         };
-        assert!(error("\"version\":1", "\"version\":2").contains("version 2"));
+        assert!(error("\"version\":2", "\"version\":3").contains("version 3"));
         assert!(error("\"socket\"", "\"sockets\"").starts_with("FORKRING_NURSERY is not what"));
     }
 }

@@ -47,6 +47,7 @@ pub struct Nursery {
     /// By the numbers that contracts call them.
     inherited: BTreeMap<RawFd, OwnedFd>,
     order: Option<Order>,
+    pool: String,
 }
 
 impl Nursery {
@@ -63,7 +64,18 @@ impl Nursery {
             socket: process::inherited(contract.socket)?.into(),
             inherited: contract.inherited.iter().map(take).collect::<io::Result<_>>()?,
             order: None,
+            pool: contract.pool,
         })
+    }
+
+    /// Shows in `ps` what this process is: the zygote of its pool, and after [`Nursery::wait`] and the forks the worker that was
+    /// wanted. It is for programs that have no better title. A process that cannot have one goes on without.
+    pub fn set_title(&self, is_worker: bool) {
+        let title = match self.order.as_ref().filter(|_| is_worker) {
+            Some(order) => process::worker_title(order.contract.worker, &order.contract.pool),
+            None => format!("forkring: zygote {}", self.pool),
+        };
+        super::show(&title);
     }
 
     /// Says that all is loaded.

@@ -213,6 +213,7 @@ impl Supervisor {
             version: contract::VERSION,
             supervisor,
             name: name.to_owned(),
+            pool: self.pools[usize::from(pool)].name.clone(),
             socket: socket.as_raw_fd(),
             inherited: inherited.iter().map(|fd| fd.as_fd().as_raw_fd()).collect(),
         };

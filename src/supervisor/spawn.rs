@@ -16,7 +16,7 @@ use crate::{
     dispatch::{Front, Worker},
     doorbell::Bell,
     front,
-    process::{self, Child, ForkError},
+    process::{self, Child, ForkError, Title},
     program::Program,
     segment::{Segment, Slot},
     worker,
@@ -74,6 +74,10 @@ impl Supervisor {
         let is_open = self.is_open;
         let forked = process::fork(name, || {
             self.leave(role);
+            // Programs have titles of their own, or set one when they attach.
+            if let Some(title) = set_title(&self.title(role)) {
+                title.keep();
+            }
             main(self)
         });
         match forked {
@@ -83,6 +87,17 @@ impl Supervisor {
                 Ok(None)
             }
             Err(error) => Err(error.into()),
+        }
+    }
+
+    fn title(&self, role: Role) -> String {
+        match role {
+            Role::Front => format!("forkring: front 0 ({})", self.owner.name()),
+            Role::Worker(number) => {
+                let pool = self.topology.pool_of(number).and_then(|pool| self.pools.get(usize::from(pool)));
+                process::worker_title(number, pool.map_or("", |pool| &pool.name))
+            }
+            Role::Zygote(pool) => format!("forkring: zygote {}", self.pools[usize::from(pool)].name),
         }
     }
 
@@ -246,6 +261,11 @@ impl Supervisor {
             }
         }
     }
+}
+
+/// Sets this process's title; one that cannot have one goes on without.
+pub(super) fn set_title(text: &str) -> Option<Title> {
+    Title::set(text).inspect_err(|error| tracing::debug!(%error, "cannot set the process title")).ok()
 }
 
 /// Environment, CPU and memory of the worker with this number in its pool.

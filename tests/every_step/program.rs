@@ -57,6 +57,7 @@ pub fn run() {
 /// Forks workers for as long as any are wanted, as the package does it. It returns in each of them.
 fn nurse() -> Result<(), Box<dyn std::error::Error>> {
     let mut nursery = Nursery::from_env()?;
+    nursery.set_title(false);
     nursery.ready()?;
     loop {
         nursery.wait()?;
@@ -75,6 +76,7 @@ fn nurse() -> Result<(), Box<dyn std::error::Error>> {
                     process::exit(0);
                 }
                 process::set_variables(&nursery.settle_in()?)?;
+                nursery.set_title(true);
                 nursery.hand_over()?;
                 return Ok(());
             }
