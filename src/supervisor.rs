@@ -540,10 +540,13 @@ impl Supervisor {
             let Some(pool) = self.topology.pool_of(number) else { continue };
             let holds_item = holders.get(at).is_some_and(|holds| *holds);
             let is_wanted = stage == Stage::Stopping || dispatch::has_waiting(&self.segment, pool);
+            // Whoever is awake looks for items by itself. One that ends is awake, too, and may take its time.
+            let is_awake = !self.segment.idle(pool).has(at - self.seats_of(pool).start);
+            let is_rung = self.bells.worker(number).has_rung();
             let seen = Seen {
                 pid: child.pid(),
                 // A program that has not attached yet hears no bell.
-                is_rung: is_wanted && seat.record.has_arrived() && self.bells.worker(number).has_rung(),
+                is_called: is_wanted && seat.record.has_arrived() && (is_rung || is_awake && stage == Stage::Serving),
                 holds_item,
                 completed: self.segment.returned(number),
             };

@@ -93,6 +93,11 @@ impl<'a> Sleepers<'a> {
         None
     }
 
+    /// Returns whether this one sleeps and has not been rung; a guess, as it may wake at any time.
+    pub fn has(&self, bit: usize) -> bool {
+        self.words[bit / 64].load(Relaxed) & 1 << (bit % 64) != 0
+    }
+
     /// Whether anybody sleeps; a guess, for whoever has no fence to spend.
     pub fn any(&self) -> bool {
         self.words.iter().any(|word| word.load(Relaxed) != 0)
@@ -118,8 +123,9 @@ mod tests {
         assert!(!sleepers.any());
         assert_eq!(sleepers.wake_one(), None);
         for bit in [127, 3, 64, 0, 63] {
+            assert!(!sleepers.has(bit));
             sleepers.enter(bit);
-            assert!(sleepers.any());
+            assert!(sleepers.any() && sleepers.has(bit));
         }
         for bit in [0, 3, 63, 64, 127] {
             assert!(sleepers.any());

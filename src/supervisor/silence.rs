@@ -1,4 +1,4 @@
-//! Workers that do not respond: those that were rung, hold no item, and do not come.
+//! Workers that do not respond: those that items wait for, that hold none, and that do not come.
 //!
 //! A worker that was stopped, frozen or swapped out while it was idle is still the one that is rung for the next item. The
 //! front wakes the next worker of the pool after a few milliseconds, so the item does not wait if there is another. This
@@ -6,9 +6,9 @@
 //!
 //! # What it promises
 //!
-//! - A worker is called silent only after two looks, [`PAUSE`] apart, have seen the same: its bell has been rung and not
-//!   read, it holds no item, and it has completed none in between. A worker that is merely busy holds an item or completes
-//!   some.
+//! - A worker is called silent only after two looks, [`PAUSE`] apart, have seen the same: an item waits, the worker's bell
+//!   has been rung and not read or it was not asleep, it holds no item, and it has completed none in between. A worker that is
+//!   merely busy holds an item or completes some.
 //! - It is told once, until it has been seen to respond.
 //! - While nothing waits nobody looks: the front asks for a look when an item has waited for a second, and a drain
 //!   looks at its workers by itself.
@@ -28,8 +28,8 @@ pub const LAST_WORDS: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
     pub pid: u32,
-    /// It was rung and has not come yet.
-    pub is_rung: bool,
+    /// An item waits for it, or it was told to end: its bell was rung and not read, or it is awake and need not be rung.
+    pub is_called: bool,
     pub holds_item: bool,
     /// How much it has completed.
     pub completed: u64,
@@ -59,7 +59,7 @@ pub enum News {
 impl Silence {
     /// Takes note of a look at the worker.
     pub fn look(&mut self, seen: Seen, now: Instant) -> News {
-        let is_suspicious = seen.is_rung && !seen.holds_item;
+        let is_suspicious = seen.is_called && !seen.holds_item;
         match *self {
             Silence::Silent(before) if before == seen => News::None,
             Silence::Silent(before) => {
@@ -98,22 +98,22 @@ pub fn must_end(is_silent: bool, told: Duration) -> bool {
 mod tests {
     use super::*;
 
-    const RUNG: Seen = Seen { pid: 7, is_rung: true, holds_item: false, completed: 3 };
+    const CALLED: Seen = Seen { pid: 7, is_called: true, holds_item: false, completed: 3 };
 
     #[test]
     fn only_a_worker_that_two_looks_find_unchanged_is_silent() {
         // What the looks see, and after how much time.
         let half = PAUSE / 2;
         for (looks, is_silent) in [
-            (&[(RUNG, PAUSE), (RUNG, PAUSE)][..], true),
-            (&[(RUNG, PAUSE)], false),
-            (&[(RUNG, PAUSE), (RUNG, half)], false),
-            (&[(RUNG, PAUSE), (RUNG, half), (RUNG, half)], true),
-            (&[(Seen { is_rung: false, ..RUNG }, PAUSE); 2], false),
-            (&[(Seen { holds_item: true, ..RUNG }, PAUSE); 2], false),
-            (&[(RUNG, PAUSE), (Seen { completed: 4, ..RUNG }, PAUSE)], false),
-            (&[(RUNG, PAUSE), (Seen { pid: 8, ..RUNG }, PAUSE)], false),
-            (&[(RUNG, PAUSE), (Seen { is_rung: false, ..RUNG }, PAUSE), (RUNG, PAUSE)], false),
+            (&[(CALLED, PAUSE), (CALLED, PAUSE)][..], true),
+            (&[(CALLED, PAUSE)], false),
+            (&[(CALLED, PAUSE), (CALLED, half)], false),
+            (&[(CALLED, PAUSE), (CALLED, half), (CALLED, half)], true),
+            (&[(Seen { is_called: false, ..CALLED }, PAUSE); 2], false),
+            (&[(Seen { holds_item: true, ..CALLED }, PAUSE); 2], false),
+            (&[(CALLED, PAUSE), (Seen { completed: 4, ..CALLED }, PAUSE)], false),
+            (&[(CALLED, PAUSE), (Seen { pid: 8, ..CALLED }, PAUSE)], false),
+            (&[(CALLED, PAUSE), (Seen { is_called: false, ..CALLED }, PAUSE), (CALLED, PAUSE)], false),
         ] {
             let (mut silence, mut now) = (Silence::default(), Instant::now());
             for (seen, later) in looks {
@@ -131,9 +131,9 @@ mod tests {
             now += PAUSE;
             silence.look(seen, now)
         };
-        assert_eq!([RUNG; 4].map(&mut look), [News::None, News::Silent, News::None, News::None]);
-        assert_eq!(look(Seen { completed: 4, ..RUNG }), News::Back);
-        let again = Seen { completed: 4, ..RUNG };
+        assert_eq!([CALLED; 4].map(&mut look), [News::None, News::Silent, News::None, News::None]);
+        assert_eq!(look(Seen { completed: 4, ..CALLED }), News::Back);
+        let again = Seen { completed: 4, ..CALLED };
         assert_eq!([again; 3].map(&mut look), [News::None, News::Silent, News::None]);
         assert_eq!(look(Seen { pid: 8, ..again }), News::None, "another process");
     }
