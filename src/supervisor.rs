@@ -179,6 +179,7 @@ impl Seat {
             Some(child) if self.record.is_failing() => Liveness::Failing(child.pid()),
             Some(child) if !self.record.has_arrived() => Liveness::Starting(child.pid()),
             Some(child) => Liveness::Live(child.pid()),
+            None if self.record.is_failing() && matches!(self.slot, Slot::Worker(_)) => Liveness::Failing(0),
             None => Liveness::Free,
         }
     }
@@ -480,11 +481,7 @@ impl Supervisor {
         if self.segment.stage() != stage {
             self.segment.set_stage(stage);
         }
-        for seat in &self.seats {
-            if self.segment.liveness(seat.slot) != seat.liveness() {
-                self.segment.set_liveness(seat.slot, seat.liveness());
-            }
-        }
+        (0..self.seats.len()).for_each(|at| self.register(at));
         let lanes @ 1.. = dispatch::mend(&self.segment) else { return };
         tracing::error!(lanes, "lanes were written over by a worker, and are made anew");
     }
@@ -661,6 +658,9 @@ impl Supervisor {
             delay = self.suspect(slot, &swept, now).unwrap_or(delay);
         }
         self.seats[at].restart_at = Some(now + delay);
+        // A front that finds all workers of a pool failing refuses its calls.
+        self.register(at);
+        self.ring_fronts();
         let items = Items { items: &swept.items, max_attempts: self.config.max_attempts.into() };
         tracing::warn!(
             process = self.seats[at].name,
@@ -700,14 +700,18 @@ impl Supervisor {
         let items: Vec<_> = swept.items.iter().map(|item| item.key).collect();
         let delay = self.suspects.get_mut(usize::from(pool))?.add(&items, completed)?;
         for at in seats {
-            let seat = &mut self.seats[at];
-            seat.record.blame(now);
-            if self.segment.liveness(seat.slot) != seat.liveness() {
-                self.segment.set_liveness(seat.slot, seat.liveness());
-            }
+            self.seats[at].record.blame(now);
+            self.register(at);
         }
-        self.ring_fronts();
         Some(delay)
+    }
+
+    /// Writes into the registry what has changed of a seat.
+    fn register(&self, at: usize) {
+        let seat = &self.seats[at];
+        if self.segment.liveness(seat.slot) != seat.liveness() {
+            self.segment.set_liveness(seat.slot, seat.liveness());
+        }
     }
 
     /// Returns the seats of a pool's workers: they have the workers' numbers.

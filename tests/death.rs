@@ -81,9 +81,10 @@ fn an_item_that_its_worker_died_of_knows_so_the_next_time() {
         let client = server.client().await;
         let result = soon("an answer", client.call(WorkItem::new("crash", ""))).await.expect("a result");
         assert_eq!((&result.payload[..], result.attempts), (&b"attempt 2"[..], 2));
-        let items = (1..=3).map(|id| WorkItem::new("crash", "").with_id(id));
+        // Not three: so many different ones would be the handler's own.
+        let items = (1..=2).map(|id| WorkItem::new("crash", "").with_id(id));
         let results = collect(client.process(tokio_stream::iter(items)).await.expect("a stream")).await;
-        assert_eq!(results.values().filter(|result| result.attempts == 2).count(), 3);
+        assert_eq!(results.values().filter(|result| result.attempts == 2).count(), 2);
         server.drain().await;
     });
 }

@@ -24,6 +24,7 @@ use nix::{
 };
 use tokio::task::JoinHandle;
 use tonic::{Code, Status};
+use tonic_types::StatusExt as _;
 
 const TIMEOUT: (Code, &str) = (Code::DeadlineExceeded, "ITEM_TIMEOUT");
 const CRASHED: (Code, &str) = (Code::Aborted, "WORKER_CRASHED");
@@ -392,32 +393,66 @@ async fn until_async(what: &str, mut look: impl AsyncFnMut() -> bool) {
 }
 
 #[test]
-fn what_is_sent_to_a_pool_in_a_crash_loop_waits_for_its_end() {
+fn what_is_submitted_to_a_pool_in_a_crash_loop_waits_for_its_end() {
     run(async {
         let files = Files::new();
         let server = Server::handlers(&["crash_until", "count"], "max_attempts = 255").await;
         let client = server.client().await;
         let health = Health::of(&server).await;
-        let item = || WorkItem::new("crash_until", "").with_metadata("until", files.name("mended"));
-        let first = spawn_call(&client, item());
-        let others = [(); 2].map(|()| spawn_call(&client, item()));
+        let item = |id| WorkItem::new("crash_until", "").with_id(id).with_metadata("until", files.name("mended"));
+        let submit = async |ids: std::ops::RangeInclusive<u64>| {
+            let items: Vec<_> = ids.map(item).collect();
+            let receipt = soon("a receipt", client.submit(tokio_stream::iter(items))).await.expect("a receipt");
+            receipt.accepted
+        };
+        assert_eq!(submit(1..=3).await, 3);
         server.logged("the pool does not serve").await;
         health.until("crash_until", false).await;
-        let second = spawn_call(&client, item());
-        let hurried = WorkItem::new("crash_until", "").with_timeout(Duration::from_millis(50));
-        let late = (Code::DeadlineExceeded, "DEADLINE_EXCEEDED");
-        assert_refused(refusal(soon("its deadline", client.call(hurried)).await), late, "deadline");
+        assert_eq!(submit(4..=5).await, 2);
         files.make("mended");
-        assert!(answer(first).await.expect("a result").attempts > 1);
-        for other in others {
-            answer(other).await.expect("a result");
+        let mut updates = soon("a stream", client.updates("", 5)).await.expect("a stream");
+        let mut ids = Vec::new();
+        while let Some(result) = soon("an update", updates.message()).await.expect("a stream") {
+            ids.push(result.id);
+            result.outcome().expect("a result");
         }
-        answer(second).await.expect("a result");
+        ids.sort_unstable();
+        assert_eq!(ids, [1, 2, 3, 4, 5]);
         health.until("crash_until", true).await;
         let log = server.drain().await;
         for once in ["the pool does not serve", "the pool serves again"] {
             assert_eq!(log.matches(once).count(), 1, "{log}");
         }
+    });
+}
+
+const POOL_FAILING: (Code, &str) = (Code::Unavailable, "POOL_FAILING");
+
+#[test]
+fn calls_to_a_pool_in_a_crash_loop_are_refused() {
+    run(async {
+        let server = Server::handlers(&["program", "hold"], NO_WORKERS).await;
+        let client = server.client().await;
+        // One that comes before the pool is known to fail waits, until it is.
+        let early = spawn_call(&client, WorkItem::new("program", "x"));
+        let says = "the workers of pool `program` keep dying";
+        assert_refused(refusal(answer(early).await), POOL_FAILING, says);
+        assert!(server.log().contains("the pool does not serve"), "{}", server.log());
+        let late = answer(spawn_call(&client, WorkItem::new("program", "x"))).await;
+        let status = late.as_ref().expect_err("it is refused");
+        assert!(status.get_details_retry_info().is_some_and(|info| info.retry_delay.is_some()), "{status:?}");
+        assert!(status.message().contains("log"), "{status:?}");
+        assert_refused(refusal(late), POOL_FAILING, says);
+
+        let items = [1, 2].map(|id| WorkItem::new("program", "x").with_id(id));
+        let mut results = client.process(tokio_stream::iter(items)).await.expect("a stream");
+        for _ in 0..2 {
+            let result = soon("a result", results.message()).await.expect("a stream").expect("a result");
+            assert_refused(failure(result), POOL_FAILING, says);
+        }
+        // Submitted items are accepted and wait, and other pools serve.
+        submit(&client, 1..=2, Duration::from_secs(3600)).await;
+        assert_serves(&client, "hold").await;
     });
 }
 

@@ -191,6 +191,14 @@ def test_a_class_that_cannot_be_made_is_made_again(serve, tmp_path, monkeypatch)
     assert "RuntimeError: the model is not there yet" in log and "exit code 2" in log
 
 
+def test_calls_to_a_class_that_can_never_be_made_are_refused(serve):
+    app = serve("failing.py:Unmakeable", quiet=False)
+    code, reason, message = error_of(app.error("Unmakeable"))
+    assert (code, reason) == ("UNAVAILABLE", "POOL_FAILING")
+    assert "`Unmakeable`" in message and "log" in message
+    assert "RuntimeError: the model is broken" in app.log()
+
+
 def test_a_pool_that_there_is_not(ways):
     with pytest.raises(grpc.RpcError) as failed:
         ways.result("nobody")

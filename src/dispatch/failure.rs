@@ -15,6 +15,8 @@ pub struct Failure {
     pub(crate) traceback: String,
 }
 
+/// The reason of [`Failure::pool_failing`].
+pub(crate) const POOL_FAILING: &str = "POOL_FAILING";
 /// Bytes of a message that are kept: the client gets it in HTTP/2 headers, which are bounded.
 const MESSAGE: usize = 1024;
 /// And of a traceback, from its end, for the same reason.
@@ -47,6 +49,14 @@ impl Failure {
     /// `CANCELLED`: nobody waits for the item any more.
     pub fn cancelled() -> Self {
         Failure::new(Code::Cancelled, "CANCELLED", "the item was cancelled by its client")
+    }
+
+    /// `UNAVAILABLE`: all workers of the item's pool are in a crash loop.
+    pub fn pool_failing(pool: &str) -> Self {
+        let message = format!(
+            "the workers of pool `{pool}` keep dying: the server's log says why; try again when the pool serves, see grpc.health.v1"
+        );
+        Failure::new(Code::Unavailable, POOL_FAILING, message)
     }
 
     /// How it travels in a result: a byte for the length of the reason, two for that of the message, then reason, message

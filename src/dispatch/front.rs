@@ -30,7 +30,7 @@ use crate::{
     crash_point::crash_point,
     process::now,
     ring::{Consumer, Hint, Lane},
-    segment::{INLINE, ItemRecord, PRIORITIES, Segment, Slot},
+    segment::{INLINE, ItemRecord, Liveness, PRIORITIES, Segment, Slot},
 };
 
 /// How an item ended.
@@ -596,6 +596,31 @@ impl<'s> Front<'s> {
                 Phase::Done | Phase::Free => return,
             }
         }
+    }
+
+    /// Returns whether all workers of a pool are in a crash loop.
+    pub fn is_failing(&self, pool: u16) -> bool {
+        let (first, count) = self.topology.workers(pool);
+        (first..first + count).all(|n| matches!(self.segment.liveness(Slot::Worker(n)), Liveness::Failing(_)))
+    }
+
+    /// Takes an offered item back if no worker has claimed it and it is one of these pools, a bit each. Returns its pool; then
+    /// the item never runs again.
+    pub fn take_back(&mut self, index: u32, pools: u64) -> Option<u16> {
+        let record = self.segment.item(index);
+        let word = Word::load(&record.word);
+        let known = self.known_mut(index);
+        // The lane as it was offered: a worker can write over the other.
+        let pool = u32::from(known.word.lane()) / PRIORITIES;
+        let is_waiting = known.state == State::Waiting && word.phase() == Phase::Ready;
+        // The claim of a worker competes with this.
+        let is_taken =
+            is_waiting && pools & 1 << pool != 0 && word.with(Phase::Free, 0).exchange(&record.word, word).is_ok();
+        if !is_taken {
+            return None;
+        }
+        self.forget(index);
+        u16::try_from(pool).ok()
     }
 
     /// Ends an item whose deadline has passed, if no worker has claimed it: then it never runs, and [`Front::collect`] has its

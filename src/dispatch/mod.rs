@@ -41,6 +41,7 @@ mod worker;
 
 pub use adopt::{Left, adopt, holders, unanswered};
 pub use failure::Failure;
+pub(crate) use failure::POOL_FAILING;
 pub use front::{Adopted, Broken, Completion, Front, Outcome, Partial};
 pub use letters::{DeadLetters, Death};
 pub use mend::{begin_lanes, mend};

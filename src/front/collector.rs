@@ -51,6 +51,9 @@ pub async fn run(hub: &Hub, bell: &AsyncBell, mut reporter: HealthReporter, spin
         // sleeps hears no bell.
         let (before, rung) = (epoch.replace(segment.epoch()), take(&mut was_rung));
         let changed = before != epoch;
+        if changed || rung {
+            hub.note_failing();
+        }
         if rung {
             // After a death, items may wait that were given back.
             hub.watch_waiting();

@@ -125,6 +125,8 @@ pub struct Hub {
     room: RefCell<Vec<Waker>>,
     freed: Cell<u64>,
     lane_full: Cell<bool>,
+    /// Pools whose workers are all in a crash loop, a bit each.
+    failing: Cell<u64>,
     /// Submitted items that are not delivered yet, and the bytes of their results; of those that are not done, of their
     /// payloads, for want of better.
     submitted: Cell<usize>,
@@ -185,6 +187,7 @@ impl Hub {
             serials: RefCell::new(vec![0; items]),
             released: Arc::new(Released { items: Mutex::default(), notify: notify.clone() }),
             notify,
+            failing: Cell::new(0),
             waits: Notify::new(),
             is_watched: Cell::new(false),
             progress: Notify::new(),
@@ -279,6 +282,9 @@ impl Hub {
         if head.priority >= PRIORITIES {
             return Err(NotOffered::Never(Refusal::priority(head.priority)));
         }
+        if kind != Kind::Submit && self.failing.get() & 1 << pool != 0 {
+            return Err(NotOffered::Never(Failure::pool_failing(&self.pools[usize::from(pool)]).into()));
+        }
         let mut front = self.front.borrow_mut();
         if is_stream && front.free_items() <= self.reserve {
             return Err(NotOffered::Later(OfferError::Items));
@@ -330,6 +336,27 @@ impl Hub {
     pub async fn something_may_wait(&self) {
         self.is_watched.set(false);
         self.waits.notified().await;
+    }
+
+    /// Looks which pools are in a crash loop. The items of calls and streams that wait for one of them fail; submitted items wait
+    /// on, for they must not be lost.
+    pub fn note_failing(&self) {
+        let pools = 0..self.pools.len() as u16;
+        let failing = pools.fold(0, |bits, pool| bits | u64::from(self.front.borrow().is_failing(pool)) << pool);
+        self.failing.set(failing);
+        if failing == 0 {
+            return;
+        }
+        for (index, owner) in (0..).zip(self.owners.borrow_mut().iter_mut()) {
+            let Some(Owner::Rpc(mailbox)) = owner else { continue };
+            let mut front = self.front.borrow_mut();
+            let id = front.id(index);
+            let Some(pool) = front.take_back(index, failing) else { continue };
+            let failure = Failure::pool_failing(&self.pools[usize::from(pool)]);
+            mailbox.deliver(Ending::Failed { id, failure });
+            *owner = None;
+            self.activity.set(self.activity.get() + 1);
+        }
     }
 
     /// Watches a deadline, unless it is none. Those of items that have ended stay until they are due, or until there are many of them.

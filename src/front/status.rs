@@ -8,12 +8,15 @@ use tonic::{Code, Status};
 use tonic_types::{ErrorDetails, StatusExt};
 
 use super::wire::WireError;
-use crate::dispatch::{Failure, OfferError};
+use crate::dispatch::{Failure, OfferError, POOL_FAILING};
 
 /// Of the reasons' `ErrorInfo`.
 const DOMAIN: &str = "forkring";
 /// What a client that was refused for lack of room should wait.
 const RETRY_DELAY: Duration = Duration::from_millis(50);
+
+/// What a client should wait whose pool is in a crash loop: a worker has to stay up for as long.
+const FAILING_DELAY: Duration = Duration::from_secs(1);
 
 /// An item that was refused.
 #[derive(Clone, Debug)]
@@ -22,7 +25,8 @@ pub struct Refusal {
     pub reason: Cow<'static, str>,
     pub message: String,
     pub traceback: String,
-    retry: bool,
+    /// After what time to try again, if that helps.
+    retry: Option<Duration>,
 }
 
 /// Bytes of a message that are kept: it travels in headers twice over, and clients take 8 KiB of those in all.
@@ -31,7 +35,7 @@ const MESSAGE: usize = 1024;
 impl Refusal {
     fn new(code: Code, reason: &'static str, mut message: String) -> Self {
         message.truncate(message.floor_char_boundary(MESSAGE));
-        Refusal { code, reason: reason.into(), message, traceback: String::new(), retry: false }
+        Refusal { code, reason: reason.into(), message, traceback: String::new(), retry: None }
     }
 
     pub fn unknown_pool(name: &str, pools: &[String]) -> Self {
@@ -105,7 +109,7 @@ impl Refusal {
 
     pub fn draining() -> Self {
         let message = "the server is shutting down: what it accepted it finishes, send the rest elsewhere".into();
-        Refusal { retry: true, ..Refusal::new(Code::Unavailable, "DRAINING", message) }
+        Refusal { retry: Some(RETRY_DELAY), ..Refusal::new(Code::Unavailable, "DRAINING", message) }
     }
 
     pub fn invalid_result() -> Self {
@@ -150,8 +154,8 @@ impl Refusal {
     pub fn status(&self) -> Status {
         let mut details = ErrorDetails::new();
         details.set_error_info(self.reason.as_ref(), DOMAIN, [("", ""); 0].map(|(k, v)| (k.to_owned(), v.to_owned())));
-        if self.retry {
-            details.set_retry_info(Some(RETRY_DELAY));
+        if self.retry.is_some() {
+            details.set_retry_info(self.retry);
         }
         if !self.traceback.is_empty() {
             details.set_debug_info(self.traceback.lines().map(str::to_owned).collect::<Vec<_>>(), "");
@@ -168,7 +172,7 @@ impl From<OfferError> for Refusal {
             OfferError::Lane => "LANE_FULL",
         };
         let message = format!("{error}: try again in {RETRY_DELAY:?}");
-        Refusal { retry: true, ..Refusal::new(Code::ResourceExhausted, reason, message) }
+        Refusal { retry: Some(RETRY_DELAY), ..Refusal::new(Code::ResourceExhausted, reason, message) }
     }
 }
 
@@ -182,6 +186,7 @@ impl From<Failure> for Refusal {
     fn from(failure: Failure) -> Self {
         let code = failure.code();
         let Failure { reason, message, traceback, .. } = failure;
-        Refusal { code, reason, message, traceback, retry: false }
+        let retry = (code == Code::Unavailable && reason == POOL_FAILING).then_some(FAILING_DELAY);
+        Refusal { code, reason, message, traceback, retry }
     }
 }

@@ -22,7 +22,8 @@ pub enum Liveness {
     Starting(u32),
     /// The process with this pid is.
     Live(u32),
-    /// The process with this pid is, and those before it kept dying soon after their start: do not count on it.
+    /// The process with this pid is, and those before it kept dying: do not count on it. With the pid 0 there is none: the next
+    /// is started later.
     Failing(u32),
     /// The process with this pid is, and is to end when it has done what it has in work.
     Retiring(u32),

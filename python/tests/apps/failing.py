@@ -114,3 +114,11 @@ def batch_loop(items):
 def hog(item):
     """Takes so many bytes."""
     return str(len(bytearray(int(bytes(item.payload)))))
+
+
+class Unmakeable:
+    def __init__(self):
+        raise RuntimeError("the model is broken")
+
+    def __call__(self, item):
+        return b"never"
