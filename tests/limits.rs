@@ -437,7 +437,7 @@ fn calls_to_a_pool_in_a_crash_loop_are_refused() {
         let early = spawn_call(&client, WorkItem::new("program", "x"));
         let says = "the workers of pool `program` keep dying";
         assert_refused(refusal(answer(early).await), POOL_FAILING, says);
-        assert!(server.log().contains("the pool does not serve"), "{}", server.log());
+        server.logged("the pool does not serve").await;
         let late = answer(spawn_call(&client, WorkItem::new("program", "x"))).await;
         let status = late.as_ref().expect_err("it is refused");
         assert!(status.get_details_retry_info().is_some_and(|info| info.retry_delay.is_some()), "{status:?}");
