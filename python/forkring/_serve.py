@@ -49,7 +49,7 @@ def serve(
         arguments += ["--pool", f"{attribute}={spec}"]
     sys.stdout.flush()
     sys.stderr.flush()
-    code = main(arguments, sys.executable)
+    code = main(arguments, sys.executable, "-m", "forkring")
     if code != 0:
         raise SystemExit(code)
 

@@ -42,9 +42,12 @@ mod _core {
         super::family::watch_forks(module)
     }
 
-    /// Runs the command line; the first argument is the program's name. The result is the exit code.
+    /// Runs the command line; the first argument is the program's name. `interpreter` and the arguments behind it are how
+    /// this command is started. Returns the exit code.
     #[pyfunction]
-    fn main(py: Python<'_>, arguments: Vec<OsString>, python: PathBuf) -> u8 {
+    #[pyo3(signature = (arguments, interpreter, *starts))]
+    fn main(py: Python<'_>, arguments: Vec<OsString>, interpreter: PathBuf, starts: Vec<OsString>) -> u8 {
+        let python = forkring::cli::Python { interpreter, arguments: starts };
         py.detach(|| forkring::cli::run(arguments, Some(python)))
     }
 

@@ -24,7 +24,7 @@ use anyhow::bail;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use tokio::sync::mpsc;
 
-use super::{BadUsage, block_on, interrupt::on_interrupt, print, print_json, say};
+use super::{BadUsage, Python, block_on, interrupt::on_interrupt, print, print_json, say};
 use crate::config::{ByteSize, Config, WORKERS, whole_number};
 use files::Files;
 use report::Report;
@@ -82,7 +82,7 @@ struct Shared {
 }
 
 /// Runs the demo to its verdict.
-pub fn run(args: DemoArgs) -> anyhow::Result<()> {
+pub fn run(args: DemoArgs, python: Option<&Python>) -> anyhow::Result<()> {
     let dir = match args.dir {
         Some(dir) => dir,
         None => default_dir().ok_or_else(|| BadUsage("found nothing to hash: name a folder".into()))?,
@@ -96,7 +96,7 @@ pub fn run(args: DemoArgs) -> anyhow::Result<()> {
     config.arena = Some(ByteSize::new(crate::server::geometry(&config)?.request_bytes));
 
     // Before any thread: the child's parent must be this thread, with which it ends.
-    let mut server = server::Server::start(&config)?;
+    let mut server = server::Server::start(&config, python)?;
     let interrupted = on_interrupt()?;
     let largest = config.max_message().bytes().saturating_sub(ENVELOPE);
     let shared = Arc::new(Shared {

@@ -76,9 +76,18 @@ pub fn main() -> ExitCode {
     ExitCode::from(run(env::args_os().collect(), None))
 }
 
-/// Runs a command; the first argument is the program's name. Handlers in Python run in `python` unless the command says
-/// otherwise. The result is the exit code.
-pub fn run(arguments: Vec<OsString>, python: Option<PathBuf>) -> u8 {
+/// How a Python interpreter runs this command line. Without one, the program's own file does.
+#[derive(Clone, Debug)]
+pub struct Python {
+    /// The interpreter. Handlers in Python run in it unless the command says otherwise.
+    pub interpreter: PathBuf,
+    /// The arguments of the interpreter that come before those of a command, such as `-m forkring`.
+    pub arguments: Vec<OsString>,
+}
+
+/// Runs a command; the first argument is the program's name. `python` says how this process was started, if that was by
+/// Python. Returns the exit code.
+pub fn run(arguments: Vec<OsString>, python: Option<Python>) -> u8 {
     let cli = match parse(&arguments) {
         Ok(cli) => cli,
         Err(error) => return refuse(&error, &arguments),
@@ -89,12 +98,12 @@ pub fn run(arguments: Vec<OsString>, python: Option<PathBuf>) -> u8 {
         return 2;
     }
     let outcome = match cli.command {
-        Command::Serve(args) => serve::run(*args, python),
+        Command::Serve(args) => serve::run(*args, python.map(|python| python.interpreter)),
         Command::Call(args) => call::run(args),
         Command::Submit(args) => submit::run(args),
         Command::Updates(args) => updates::run(args),
         Command::Dead(args) => dead::run(args),
-        Command::Demo(args) => demo::run(args),
+        Command::Demo(args) => demo::run(args, python.as_ref()),
         Command::Doctor(args) => doctor::run(args),
         Command::Bench(args) => bench::run(args),
     };

@@ -17,7 +17,11 @@ use rustix::{
 };
 
 use super::POOL;
-use crate::{cli::BadUsage, config::Config, segment::PREFIX};
+use crate::{
+    cli::{BadUsage, Python},
+    config::Config,
+    segment::PREFIX,
+};
 
 /// How long the server may take to end when it is asked to; it has nothing left to do.
 const PATIENCE: Timespec = Timespec { tv_sec: 10, tv_nsec: 0 };
@@ -32,11 +36,15 @@ pub struct Server {
 }
 
 impl Server {
-    /// Starts `serve` on a free port and waits until it listens.
-    pub fn start(config: &Config) -> anyhow::Result<Self> {
-        let program = env::current_exe().context("cannot find this program's own file")?;
+    /// Starts `serve` on a free port and waits until it listens. `python` says how this process was started, if that was
+    /// by Python: then this process's own file is the interpreter, which knows no `serve`.
+    pub fn start(config: &Config, python: Option<&Python>) -> anyhow::Result<Self> {
         let pid = process::id();
-        let mut command = Command::new(program);
+        let mut command = match python {
+            Some(python) => Command::new(&python.interpreter),
+            None => Command::new(env::current_exe().context("cannot find this program's own file")?),
+        };
+        command.args(python.into_iter().flat_map(|python| &python.arguments));
         command.args(["serve", "--listen", "127.0.0.1:0"]);
         command.args(["--name", &name(pid)]);
         command.args(["--pool", &format!("{POOL}=sha256")]);
