@@ -10,12 +10,15 @@ __all__ = [
     "Payload",
     "Reply",
     "Worker",
+    "__version__",
     "descriptor_set",
     "inherit",
     "late_views",
     "main",
     "run",
 ]
+
+__version__: str
 
 @final
 class Payload(Buffer):

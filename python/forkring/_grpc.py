@@ -34,12 +34,10 @@ import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
-try:
-    # Not the import of grpc itself, which each process does for itself.
-    _missing = importlib.util.find_spec("grpc") is None or importlib.util.find_spec("google.protobuf") is None
-except ModuleNotFoundError:
-    _missing = True
-if _missing:
+from forkring import _extra
+
+# Not by an import of grpc itself, which each process does for itself.
+if not _extra.is_installed():
     raise ImportError("forkring's clients need grpcio and protobuf: pip install grpcio protobuf")
 
 _PACKAGE = "grpc"
