@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import traceback
+from enum import Enum
 from typing import Any, Union
 
+from forkring._arguments import shown, typed
 from forkring._codes import Code
 
 
@@ -17,32 +20,56 @@ class BadHandler(Exception):
 class Abort(Exception):
     """Fails the item with a gRPC code, a message for people and a reason for programs.
 
-    The code is a `forkring.Code`, a `grpc.StatusCode`, or the name or number of one; the reason a constant in
-    UPPER_SNAKE_CASE. Any other exception is INTERNAL, with the reason HANDLER_RAISED and its traceback.
+    The code is a `forkring.Code`, a `grpc.StatusCode`, or the name or number of one, and not OK. The reason is a constant
+    in UPPER_SNAKE_CASE of 3 to 63 characters, as `google.rpc.ErrorInfo` has it. An argument that is none of these raises
+    a TypeError or ValueError.
+
+    Any other exception is INTERNAL, with the reason HANDLER_RAISED and its traceback.
     """
 
     def __init__(self, code: Union[Code, int, str, Any], message: str = "", reason: str = "HANDLER_ABORTED") -> None:
         super().__init__(code, message, reason)
         self.code = _code(code)
-        self.message = message
-        self.reason = reason
+        self.message = _message(message)
+        self.reason = _reason(reason)
 
     def __str__(self) -> str:
         return f"{self.code.name} ({self.reason}): {self.message}"
 
 
 def _code(code: Any) -> Code:
-    if isinstance(code, str):
-        found = Code.__members__.get(code)
+    # grpc.StatusCode's values are pairs of number and text.
+    value = code.value if isinstance(code, Enum) else code
+    number = value[0] if isinstance(code, Enum) and isinstance(value, tuple) else value
+    if isinstance(number, str):
+        found = Code.__members__.get(number)
+    elif isinstance(number, int) and not isinstance(number, bool):
+        found = next((known for known in Code if known == number), None)
     else:
-        # grpc.StatusCode's values are pairs of number and text.
-        value = getattr(code, "value", code)
-        number = value[0] if isinstance(value, tuple) else value
-        found = Code(number) if number in Code._value2member_map_ else None
+        raise TypeError(_NO_CODE.format(shown(code)))
     if found is None or found is Code.OK:
-        raise ValueError(f"{code!r} is no code to abort with: use forkring.Code, as in Code.NOT_FOUND")
+        raise ValueError(_NO_CODE.format(shown(code)))
     return found
 
+
+def _message(message: Any) -> str:
+    if not isinstance(message, str):
+        raise TypeError(f"message is {typed(message)}: it must be a str")
+    return message
+
+
+def _reason(reason: Any) -> str:
+    if not isinstance(reason, str):
+        raise TypeError(f"reason is {typed(reason)}: {_REASONS}")
+    if not (3 <= len(reason) <= 63 and _REASON.fullmatch(reason)):
+        raise ValueError(f"reason is {shown(reason)}: {_REASONS}")
+    return reason
+
+
+_NO_CODE = "{} is no code to abort with: use forkring.Code, as in Code.NOT_FOUND"
+# google.rpc.ErrorInfo.reason.
+_REASON = re.compile("[A-Z][A-Z0-9_]+[A-Z0-9]")
+_REASONS = "a reason is 3 to 63 characters of A-Z, 0-9 and _, the first of them a letter and the last no _"
 
 Described = tuple[int, str, str, str]
 """Code, reason, message and traceback."""
