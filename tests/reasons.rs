@@ -16,7 +16,9 @@ const CODES: [&str; 8] = [
 
 /// Whether this names a variable of the environment.
 fn is_variable(name: &str) -> bool {
-    name.starts_with("FORKRING_") || name.starts_with("GRPC_") || name.ends_with("_HOME") || name == "OUT_DIR"
+    ["FORKRING_", "GRPC_", "CARGO_"].iter().any(|prefix| name.starts_with(prefix))
+        || name.ends_with("_HOME")
+        || name == "OUT_DIR"
 }
 
 fn is_constant(text: &str) -> bool {

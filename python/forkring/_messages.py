@@ -65,7 +65,7 @@ DebugInfo = _message("forkring.details.DebugInfo")
 class Stubs:
     """The methods of `forkring.v1.Dispatcher` on a channel of `grpc` or of `grpc.aio`."""
 
-    __slots__ = ("call", "channel", "process", "submit", "updates")
+    __slots__ = ("call", "channel", "probe", "process", "submit", "updates")
 
     def __init__(self, channel: Any) -> None:
         self.channel = channel
@@ -75,3 +75,5 @@ class Stubs:
         self.submit = channel.stream_unary(path + "Submit", item, SubmitReceipt.FromString)
         self.updates = channel.unary_stream(path + "GetUpdates", GetUpdatesRequest.SerializeToString, result)
         self.process = channel.stream_stream(path + "Process", item, result)
+        # Any answer to it says that there is a server, also that it has no such method.
+        self.probe = channel.unary_unary("/grpc.health.v1.Health/Check")

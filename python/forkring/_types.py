@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import random
 import re
-from collections.abc import Mapping
+from collections.abc import AsyncIterable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 from forkring import _messages
+from forkring._arguments import seconds, shown, text, texts, typed, whole
 from forkring._codes import Code
 
 Sendable = bytes | bytearray | memoryview | str | Any
@@ -16,22 +16,13 @@ Sendable = bytes | bytearray | memoryview | str | Any
 
 _Items = TypeVar("_Items")
 
-# Of the client itself, if the caller's options do not say otherwise.
-DEFAULTS = (
-    # The server's own limit is what should bind.
-    ("grpc.max_receive_message_length", -1),
-    ("grpc.max_send_message_length", -1),
-    # A server that restarts is back within a second, not after a minute's pause.
-    ("grpc.initial_reconnect_backoff_ms", 100),
-    ("grpc.max_reconnect_backoff_ms", 2000),
-    # Each client its own connection: what one closes is not another's.
-    ("grpc.use_local_subchannel_pool", 1),
-)
+NO_CONNECTION = "NO_CONNECTION"
+"""The reason of a call that never left this process."""
+CONNECTION_LOST = "CONNECTION_LOST"
+"""The reason of a call whose connection broke."""
 
-_FIRST_PAUSE = 0.05
-_LONGEST_PAUSE = 1.0
 # How gRPC says that a call never left this process. It fails safe: if the words change, nothing is sent twice.
-_NEVER_SENT = ("failed to connect to all addresses", "DNS resolution failed")
+_NEVER_SENT = ("failed to connect to all addresses", "DNS resolution failed", "errors resolving ")
 
 
 class Work:
@@ -73,14 +64,18 @@ class Timing(NamedTuple):
 
 
 class Error(Exception):
-    """Why an item, or a stream, failed. If the server did not say so itself, gRPC's own error is the `__cause__`."""
+    """Why an item, or a stream, failed.
+
+    If the server did not say so itself, gRPC's own error is the `__cause__`. The client's own reasons are DEADLINE_EXCEEDED,
+    CANCELLED, NO_CONNECTION (nothing was sent) and CONNECTION_LOST (what was sent may have been done).
+    """
 
     # What a traceback calls it is what a program can write.
     __module__ = "forkring"
 
     code: Code
     reason: str
-    """For programs, such as `HANDLER_FAILED`. Empty if it is not from the server."""
+    """For programs, such as `HANDLER_FAILED`. Empty if what failed the call gave none, as a proxy or another server."""
     message: str
     traceback: str
     """Where in the handler, if it said."""
@@ -103,6 +98,11 @@ class Error(Exception):
     def __str__(self) -> str:
         reason = f" ({self.reason})" if self.reason not in ("", self.code.name) else ""
         return f"{self.code.name}{reason}: {self.message}" if self.message else f"{self.code.name}{reason}"
+
+
+def closed(what: str) -> Error:
+    """Returns the error of a call whose stream or client is closed by another thread or task."""
+    return Error(Code.CANCELLED, Code.CANCELLED.name, f"the {what} was closed")
 
 
 class ForkError(Error):
@@ -159,53 +159,81 @@ class Receipt(NamedTuple):
 
 
 # HOST:PORT, or one of gRPC's own names. With no port, gRPC would dial 443.
-_TARGET = re.compile(r"(unix|unix-abstract|vsock):.+|((dns|ipv4|ipv6|xds):.+|\[[^\[\]]+\]|[^:/\[\]]+):[0-9]{1,5}")
+_TARGET = re.compile(
+    r"(unix|unix-abstract|vsock):.+|((dns|ipv4|ipv6|xds):.+|\[[^\[\]]+\]|[^:/\[\]]+):(?P<port>[0-9]{1,5})"
+)
 
 
-def target_of(target: str) -> str:
-    """The address as gRPC wants it; `http://` is what the command line says too. Raises ValueError if it is none."""
+def target_of(target: Any) -> str:
+    """Returns the address as gRPC wants it; `http://` is what the command line says too. Raises TypeError or ValueError if
+    it is none."""
+    allowed = "give HOST:PORT or http://HOST:PORT, with a port from 1 to 65535"
+    if not isinstance(target, str):
+        raise TypeError(f"{typed(target)} is not an address: {allowed}")
     address = target[len("http://") :].rstrip("/") if target.startswith("http://") else target
-    if not _TARGET.fullmatch(address):
-        raise ValueError(f"`{target}` is not an address: give HOST:PORT or http://HOST:PORT")
+    found = _TARGET.fullmatch(address)
+    if not found or (found["port"] and not 1 <= int(found["port"]) <= 65535):
+        raise ValueError(f"`{target}` is not an address: {allowed}")
     return address
 
 
 def bytes_of(payload: Sendable) -> bytes:
-    """The payload as a message can hold it: bytes as they are, all else copied."""
+    """Returns the payload as a message can hold it: bytes as they are, all else copied."""
     if isinstance(payload, bytes):
+        _check_size(len(payload))
         return payload
     if isinstance(payload, str):
-        return payload.encode()
+        try:
+            return payload.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"a payload of text is sent as UTF-8, and this cannot be: {error.reason}, at {error.start}") from None
     try:
         view = memoryview(payload)
     except TypeError:
-        raise TypeError(f"a payload is bytes, str or a buffer, not {type(payload).__name__}") from None
+        raise TypeError(f"a payload is bytes, str or a buffer, not {type(payload).__name__}: {shown(payload)}") from None
+    except (BufferError, ValueError) as error:
+        raise ValueError(f"a payload of type {type(payload).__name__} cannot be read: {error}") from None
     if "O" in view.format:
         raise TypeError("a payload is no array of Python objects: give it a number type")
+    _check_size(view.nbytes)
     return view.tobytes()
 
 
-def items_of(items: _Items) -> _Items:
-    """The items of a stream, unless they are a payload: of one that is iterable each character or byte would be an item."""
+def _check_size(size: int) -> None:
+    # The limit that matters is the server's; beyond this one there is no message to refuse.
+    if size > _LARGEST:
+        raise ValueError(f"a payload has {size} bytes: a message holds at most {_LARGEST} (2 GiB less 64 KiB)")
+
+
+_LARGEST = 2**31 - 2**16
+
+
+def items_of(items: _Items, of: type | tuple[type, ...] = Iterable) -> _Items:
+    """Returns the items of a stream. Raises TypeError for a payload: of one that is iterable each character or byte would be
+    an item."""
     if isinstance(items, (str, bytes, bytearray, memoryview, Work)):
         raise TypeError("items is an iterable of payloads: write [payload]")
+    if not isinstance(items, of) and not hasattr(type(items), "__getitem__"):
+        hint = "; forkring.aio.Client takes asynchronous ones" if isinstance(items, AsyncIterable) else ""
+        raise TypeError(f"items is {typed(items)}: it must be an iterable of payloads{hint}")
     return items
 
 
 def item_of(work: Any, index: int, pool: str, subscription: str = "") -> Any:
-    """The message of a `Work` or a bare payload."""
+    """Returns the message of a `Work` or a bare payload. Raises TypeError or ValueError if a part of it cannot be sent."""
     if not isinstance(work, Work):
-        work = Work(work)
+        return _messages.WorkItem(pool=pool, payload=bytes_of(work), id=index, subscription=subscription)
     item = _messages.WorkItem(
-        pool=pool if work.pool is None else work.pool,
+        pool=pool if work.pool is None else text("pool", work.pool),
         payload=bytes_of(work.payload),
-        id=index if work.id is None else work.id,
-        metadata=work.metadata or {},
-        priority=work.priority,
+        id=index if work.id is None else whole("id", work.id, 0, 2**64 - 1),
+        metadata=texts("metadata", work.metadata),
+        priority=whole("priority", work.priority, 0, 3),
         subscription=subscription,
     )
-    if work.timeout is not None:
-        item.timeout.seconds, item.timeout.nanos = divmod(round(work.timeout * 1e9), 10**9)
+    timeout = seconds("timeout", work.timeout, "none")
+    if timeout is not None:
+        item.timeout.seconds, item.timeout.nanos = divmod(round(timeout * 1e9), 10**9)
     return item
 
 
@@ -239,8 +267,8 @@ def _error_of_status(status: Any) -> Error:
     return Error(_code(status.code), status.reason, status.message, traceback=status.traceback)
 
 
-def error_of(failed: Any) -> Error:
-    """The error of a `grpc.RpcError`, to be raised `from` its `__cause__`.
+def error_of(failed: Any, target: str) -> Error:
+    """Returns the error of a `grpc.RpcError` of the server at `target`, to be raised `from` its `__cause__`.
 
     That is gRPC's own where it adds something. Of what the server said it would only bury the message.
     """
@@ -256,33 +284,30 @@ def error_of(failed: Any) -> Error:
                     delay = pause.seconds + pause.nanos / 1e9
                 elif kind == "google.rpc.DebugInfo":
                     traceback = "\n".join(_messages.DebugInfo.FromString(detail.value).stack_entries)
-    error = Error(Code[failed.code().name], reason, failed.details() or "", traceback=traceback, retry_delay=delay)
-    error.__cause__ = None if reason else failed
+    code, message, cause = Code[failed.code().name], failed.details() or "", None
+    if not reason:
+        (reason, message), cause = _own(code, message, failed, target), failed
+    error = Error(code, reason, message, traceback=traceback, retry_delay=delay)
+    error.__cause__ = cause
     return error
 
 
-class Retries:
-    """When a call may be tried again. One object serves one call.
+def _own(code: Code, details: str, failed: Any, target: str) -> tuple[str, str]:
+    """Returns reason and message of what did not come from a forkring server: gRPC in this process, or a proxy."""
+    if code is Code.DEADLINE_EXCEEDED:
+        return code.name, "the timeout of the call is over"
+    if code is Code.CANCELLED:
+        return code.name, next((said for begin, said in _CANCELS.items() if details.startswith(begin)), details)
+    if code is not Code.UNAVAILABLE:
+        return "", details
+    if details.startswith(_NEVER_SENT):
+        why = details.rpartition(": ")[2].rstrip("]")
+        return NO_CONNECTION, f"there is no server at {target} ({why})"
+    # What gRPC makes up in this process has no metadata; a proxy's answer has, at least its `date` or `server`.
+    if failed.trailing_metadata():
+        return "", details
+    return CONNECTION_LOST, f"the connection to {target} broke: {details}"
 
-    Only what was certainly not accepted is tried again: what the server refused with a hint when to come back, and what
-    gRPC could not even send. A connection that broke may have carried the item to a worker: only an idempotent item is
-    sent again then.
-    """
 
-    def __init__(self, most: int, idempotent: bool) -> None:
-        self._most = most
-        self._idempotent = idempotent
-        self._made = 0
-
-    def pause(self, error: Error) -> float | None:
-        """For how long to wait before the next attempt; `None`: there is none."""
-        hint = error.retry_delay
-        if hint is None and error.code is Code.UNAVAILABLE and not error.reason:
-            if self._idempotent or error.message.startswith(_NEVER_SENT):
-                hint = _FIRST_PAUSE
-        if hint is None or self._made >= self._most:
-            return None
-        pause = min(hint * 2.0**self._made, max(hint, _LONGEST_PAUSE))
-        self._made += 1
-        # Clients that were refused together are not to come back together.
-        return pause * random.uniform(1, 1.5)
+# gRPC's own words for what this process did.
+_CANCELS = {"Channel closed": "the client was closed", "Locally cancelled": "the stream was closed"}

@@ -5,7 +5,7 @@
             print(result.id, result.payload)
 
 A client makes its connection when it is first needed, one for each process and event loop. So it may be made anywhere,
-also before a fork and outside of any loop.
+also before a fork and outside of any loop. It waits for a server that is not there yet as the blocking client does.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import time
-from collections.abc import AsyncIterable, AsyncIterator, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from forkring import _grpc, _messages
-from forkring._types import DEFAULTS, Retries, error_of, item_of, items_of, receipt_of, result_of, target_of
+from forkring._arguments import seconds, text, whole
+from forkring._attempts import Attempts, Outage, settings_of
+from forkring._types import NO_CONNECTION, closed, error_of, item_of, items_of, receipt_of, result_of
 from forkring.client import (
     Code,
     Error,
@@ -54,13 +55,17 @@ class Client:
     """As `forkring.Client`; `submit` and `process` take asynchronous iterables as well."""
 
     def __init__(
-        self, target: str, *, pool: str = "", retries: int = 10, idempotent: bool = False, options: Options = ()
+        self,
+        target: str,
+        *,
+        pool: str = "",
+        retries: int = 10,
+        idempotent: bool = False,
+        connect_timeout: float | None = 10.0,
+        options: Options = (),
     ) -> None:
-        self._target = target_of(target)
-        self._pool = pool
-        self._retries = retries
-        self._idempotent = idempotent
-        self._options = tuple(options)
+        self._settings = settings_of(target, pool, retries, idempotent, connect_timeout, options)
+        self._outage = Outage(self._settings.target)
         self._generation = _grpc.generation()
         self._made: dict[asyncio.AbstractEventLoop, tuple[Any, _messages.Stubs]] = {}
         self._closed = False
@@ -76,29 +81,34 @@ class Client:
         timeout: float | None = None,
     ) -> Result:
         """One item in, its result out; a failed item raises `Error`. Cancelling the task cancels the item."""
-        item = item_of(Work(payload, pool=pool, metadata=metadata, priority=priority), id, self._pool)
-        end = None if timeout is None else time.monotonic() + timeout
-        retries = Retries(self._retries, self._idempotent)
+        work = Work(payload, id=id, pool=pool, metadata=metadata, priority=priority)
+        item = item_of(work, 0, self._settings.pool)
+        attempts = self._attempts(timeout)
         while True:
             grpc, stubs = self._stubs()
             try:
-                left = None if end is None else end - time.monotonic()
-                return result_of(await _answer(_grpc.own(stubs.call(item, timeout=left))))
+                message = await _answer(_grpc.own(stubs.call(item, timeout=attempts.left())))
             except grpc.RpcError as failed:
-                error = error_of(failed)
-            pause = retries.pause(error)
-            if pause is None or (end is not None and time.monotonic() + pause >= end):
+                error = self._error_of(failed)
+            else:
+                self._outage.ends()
+                return result_of(message)
+            pause = attempts.pause(error)
+            if pause is None:
                 raise error
             await asyncio.sleep(pause)
+            if self._closed:
+                raise closed("client")
 
     async def submit(self, items: Items, *, subscription: str = "", timeout: float | None = None) -> Receipt:
         """Many items in, one receipt out; the results go to `updates`."""
-        grpc, stubs = self._stubs()
-        feed = _Feed(items, self._pool, subscription)
+        feed = _Feed(items, self._settings.pool, text("subscription", subscription))
+        attempts = self._attempts(timeout)
+        grpc, stubs = await self._reached(attempts)
         try:
-            receipt = receipt_of(await _answer(_grpc.own(stubs.submit(feed.messages(), timeout=timeout))))
+            receipt = receipt_of(await _answer(_grpc.own(stubs.submit(feed.messages(), timeout=attempts.left()))))
         except grpc.RpcError as failed:
-            error = error_of(failed)
+            error = self._error_of(failed)
             raise error from error.__cause__
         feed.check()
         return receipt
@@ -106,15 +116,15 @@ class Client:
     def updates(self, subscription: str = "", *, limit: int = 0, timeout: float | None = None) -> Results:
         """The results of submitted items as they are done; ends after `limit` of them, unless that is 0, and when the
         server shuts down."""
-        grpc, stubs = self._stubs()
-        request = _messages.GetUpdatesRequest(subscription=subscription, limit=limit)
-        return Results(grpc, stubs.updates(request, timeout=timeout), None)
+        request = _messages.GetUpdatesRequest(
+            subscription=text("subscription", subscription), limit=whole("limit", limit, 0, 2**64 - 1)
+        )
+        return self._results(lambda stubs, left: stubs.updates(request, timeout=left), None, timeout)
 
     def process(self, items: Items, *, timeout: float | None = None) -> Results:
         """Items in, results out, both at once; results come as they are done, match them by `id`."""
-        grpc, stubs = self._stubs()
-        feed = _Feed(items, self._pool)
-        return Results(grpc, stubs.process(feed.messages(), timeout=timeout), feed)
+        feed = _Feed(items, self._settings.pool)
+        return self._results(lambda stubs, left: stubs.process(feed.messages(), timeout=left), feed, timeout)
 
     async def close(self) -> None:
         """Closes the connection of this process and loop, and cancels what runs on it."""
@@ -131,7 +141,47 @@ class Client:
         await self.close()
 
     def __reduce__(self) -> Any:
-        return _remade, (type(self), self._target, self._pool, self._retries, self._idempotent, self._options)
+        return _remade, (type(self), self._settings)
+
+    def _attempts(self, timeout: Any) -> Attempts:
+        return Attempts(self._settings, self._outage, seconds("timeout", timeout, "no limit"))
+
+    def _error_of(self, failed: Any) -> Error:
+        return error_of(failed, self._settings.target)
+
+    def _results(self, begin: Callable[[_messages.Stubs, float | None], Any], feed: _Feed | None, timeout: Any) -> Results:
+        attempts = self._attempts(timeout)
+        # Raises what there is to raise of a client that is closed, or used outside of a loop.
+        grpc, _ = self._stubs()
+
+        async def opened() -> Any:
+            try:
+                _, stubs = await self._reached(attempts)
+            except Exception as error:
+                return error
+            return _grpc.own(begin(stubs, attempts.left()))
+
+        return Results(grpc, asyncio.ensure_future(opened()), feed, self._settings.target)
+
+    async def _reached(self, attempts: Attempts) -> tuple[Any, _messages.Stubs]:
+        """Waits until there is a server, before a stream takes items that could not be taken again."""
+        while True:
+            grpc, stubs = self._stubs()
+            try:
+                await _answer(_grpc.own(stubs.probe(b"", timeout=attempts.left())))
+            except grpc.RpcError as failed:
+                error = self._error_of(failed)
+                if error.reason == NO_CONNECTION:
+                    pause = attempts.pause(error)
+                    if pause is None:
+                        raise error from error.__cause__
+                    await asyncio.sleep(pause)
+                    if self._closed:
+                        raise closed("client")
+                    continue
+            # If the time is over the stream says so.
+            self._outage.ends()
+            return grpc, stubs
 
     def _stubs(self) -> tuple[Any, _messages.Stubs]:
         loop = asyncio.get_running_loop()
@@ -147,7 +197,7 @@ class Client:
             for ended in [one for one in self._made if one.is_closed()]:
                 del self._made[ended]
             grpc = _grpc.load()
-            channel = _grpc.own(grpc.aio.insecure_channel(self._target, [*DEFAULTS, *self._options]))
+            channel = _grpc.own(grpc.aio.insecure_channel(self._settings.target, self._settings.channel_options()))
             made = self._made[loop] = (grpc, _messages.Stubs(channel))
         return made
 
@@ -165,28 +215,31 @@ def _told_from_a_cancel(call: Any, what: str) -> Iterator[None]:
     except asyncio.CancelledError:
         task = asyncio.current_task()
         if call.cancelled() and not (task and task.cancelling()):
-            raise Error(Code.CANCELLED, "", f"the {what} was closed") from None
+            raise closed(what) from None
         raise
 
 
 class Results(AsyncIterator[Result]):
     """A stream of results. It ends itself; leave it early with `close`, or by `async with`."""
 
-    def __init__(self, grpc: Any, call: Any, feed: _Feed | None) -> None:
+    def __init__(self, grpc: Any, opening: asyncio.Future[Any], feed: _Feed | None, target: str) -> None:
         self._grpc = grpc
-        self._call = _grpc.own(call)
+        # Its result is the call, or why there is none.
+        self._opening = opening
         self._feed = feed
+        self._target = target
         self._generation = _grpc.generation()
         self._pid = os.getpid()
 
     async def __anext__(self) -> Result:
         if self._generation != _grpc.generation():
             raise ForkError(self._pid)
+        call = await self._opened()
         try:
-            with _told_from_a_cancel(self._call, "stream"):
-                message = await self._call.read()
+            with _told_from_a_cancel(call, "stream"):
+                message = await call.read()
         except self._grpc.RpcError as failed:
-            error = error_of(failed)
+            error = error_of(failed, self._target)
             raise error from error.__cause__
         if message is self._grpc.aio.EOF:
             if self._feed is not None:
@@ -194,10 +247,23 @@ class Results(AsyncIterator[Result]):
             raise StopAsyncIteration
         return result_of(message)
 
+    async def _opened(self) -> Any:
+        if not self._opening.done():
+            # Also if it is cancelled. A cancel of this task is that, and leaves the stream open.
+            await asyncio.wait([self._opening])
+        if self._opening.cancelled():
+            raise closed("stream")
+        call = self._opening.result()
+        if isinstance(call, Exception):
+            raise call
+        return call
+
     async def close(self) -> None:
         """Cancels the stream, and what of its items is not done. In another process it does nothing."""
-        if self._generation == _grpc.generation():
-            self._call.cancel()
+        if self._generation == _grpc.generation() and not self._opening.cancel() and not self._opening.cancelled():
+            call = self._opening.result()
+            if not isinstance(call, Exception):
+                call.cancel()
 
     async def __aenter__(self) -> Results:
         return self
@@ -211,7 +277,7 @@ class _Feed:
     are read."""
 
     def __init__(self, items: Items, pool: str, subscription: str = "") -> None:
-        self._items = items_of(items)
+        self._items = items_of(items, (Iterable, AsyncIterable))
         self._pool = pool
         self._subscription = subscription
         self._error: Exception | None = None

@@ -9,6 +9,10 @@ and whatever `GRPC_ENABLE_FORK_SUPPORT` says: its connection is made when it is 
 be pickled, as multiprocessing's `spawn` and `forkserver` do with arguments.
 
 It is safe to share among threads.
+
+A client may be made, and used, before its server is there. A call that finds no server waits for one, up to the client's
+`connect_timeout` and its own `timeout`, and goes on within some 100 ms of the server's start; so does the opening of a stream.
+After a second of that the logger `forkring` has a warning. If none comes the error is UNAVAILABLE, reason NO_CONNECTION.
 """
 
 from __future__ import annotations
@@ -19,24 +23,25 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from forkring import _grpc, _messages
+from forkring._arguments import seconds, text, whole
+from forkring._attempts import Attempts, Outage, Settings, settings_of
 from forkring._codes import Code
 from forkring._types import (
-    DEFAULTS,
+    NO_CONNECTION,
     Error,
     ForkError,
     Receipt,
     Rejection,
     Result,
-    Retries,
     Sendable,
     Timing,
     Work,
+    closed,
     error_of,
     item_of,
     items_of,
     receipt_of,
     result_of,
-    target_of,
 )
 
 __all__ = [
@@ -59,19 +64,24 @@ Options = Sequence[tuple[str, Any]]
 class Client:
     """A client of the server at `target`, `HOST:PORT`.
 
-    `pool` is for items that name none. `retries` is how often `call` tries again what was certainly not accepted; with
-    `idempotent=True` it also does after a connection broke, when the item may have run already. `options` are channel
-    arguments of gRPC.
+    `pool` is for items that name none. `retries` is how often `call` tries again what the server refused with a hint when to
+    come back; with `idempotent=True` it also does after a connection broke, when the item may have run already.
+    `connect_timeout`, in seconds, is how long a call waits for a server that is not there, if its own timeout is not over
+    before; 0: not at all, None: as long as it takes. `options` are channel arguments of gRPC.
     """
 
     def __init__(
-        self, target: str, *, pool: str = "", retries: int = 10, idempotent: bool = False, options: Options = ()
+        self,
+        target: str,
+        *,
+        pool: str = "",
+        retries: int = 10,
+        idempotent: bool = False,
+        connect_timeout: float | None = 10.0,
+        options: Options = (),
     ) -> None:
-        self._target = target_of(target)
-        self._pool = pool
-        self._retries = retries
-        self._idempotent = idempotent
-        self._options = tuple(options)
+        self._settings = settings_of(target, pool, retries, idempotent, connect_timeout, options)
+        self._outage = Outage(self._settings.target)
         self._made: tuple[int, Any, _messages.Stubs] | None = None
         self._closed = False
 
@@ -89,19 +99,24 @@ class Client:
 
         `timeout`, in seconds, is for all of it: when it is over the item is cancelled, also while it runs.
         """
-        item = item_of(Work(payload, pool=pool, metadata=metadata, priority=priority), id, self._pool)
-        end = None if timeout is None else time.monotonic() + timeout
-        retries = Retries(self._retries, self._idempotent)
+        work = Work(payload, id=id, pool=pool, metadata=metadata, priority=priority)
+        item = item_of(work, 0, self._settings.pool)
+        attempts = self._attempts(timeout)
         while True:
             grpc, stubs = self._stubs()
             try:
-                return result_of(stubs.call(item, timeout=None if end is None else end - time.monotonic()))
+                message = stubs.call(item, timeout=attempts.left())
             except grpc.RpcError as failed:
-                error = error_of(failed)
-            pause = retries.pause(error)
-            if pause is None or (end is not None and time.monotonic() + pause >= end):
+                error = self._error_of(failed)
+            else:
+                self._outage.ends()
+                return result_of(message)
+            pause = attempts.pause(error)
+            if pause is None:
                 raise error
             time.sleep(pause)
+            if self._closed:
+                raise closed("client")
 
     def submit(
         self,
@@ -115,12 +130,13 @@ class Client:
         `items` is read by another thread, as fast as the server takes them. If it raises, what it gave before is
         submitted, and what it raised is raised here.
         """
-        grpc, stubs = self._stubs()
-        feed = _Feed(items, self._pool, subscription)
+        feed = _Feed(items, self._settings.pool, text("subscription", subscription))
+        attempts = self._attempts(timeout)
+        grpc, stubs = self._reached(attempts)
         try:
-            receipt = receipt_of(stubs.submit(feed, timeout=timeout))
+            receipt = receipt_of(stubs.submit(feed, timeout=attempts.left()))
         except grpc.RpcError as failed:
-            error = error_of(failed)
+            error = self._error_of(failed)
             raise error from error.__cause__
         feed.check()
         return receipt
@@ -128,9 +144,12 @@ class Client:
     def updates(self, subscription: str = "", *, limit: int = 0, timeout: float | None = None) -> Results:
         """The results of submitted items as they are done; ends after `limit` of them, unless that is 0, and when the
         server shuts down."""
-        _, stubs = self._stubs()
-        request = _messages.GetUpdatesRequest(subscription=subscription, limit=limit)
-        return Results(stubs.updates(request, timeout=timeout), None)
+        request = _messages.GetUpdatesRequest(
+            subscription=text("subscription", subscription), limit=whole("limit", limit, 0, 2**64 - 1)
+        )
+        attempts = self._attempts(timeout)
+        _, stubs = self._reached(attempts)
+        return Results(stubs.updates(request, timeout=attempts.left()), None, self._settings.target)
 
     def process(self, items: Iterable[Work | Sendable], *, timeout: float | None = None) -> Results:
         """Items in, results out, both at once; results come as they are done, match them by `id`.
@@ -138,9 +157,10 @@ class Client:
         `items` is read by another thread, as fast as results are read. If it raises, the results of what it gave before
         still come, and then what it raised.
         """
-        _, stubs = self._stubs()
-        feed = _Feed(items, self._pool)
-        return Results(stubs.process(feed, timeout=timeout), feed)
+        feed = _Feed(items, self._settings.pool)
+        attempts = self._attempts(timeout)
+        _, stubs = self._reached(attempts)
+        return Results(stubs.process(feed, timeout=attempts.left()), feed, self._settings.target)
 
     def close(self) -> None:
         """Closes this process's connection and cancels what runs on it. Other processes keep theirs."""
@@ -156,7 +176,33 @@ class Client:
         self.close()
 
     def __reduce__(self) -> Any:
-        return _remade, (type(self), self._target, self._pool, self._retries, self._idempotent, self._options)
+        return _remade, (type(self), self._settings)
+
+    def _attempts(self, timeout: Any) -> Attempts:
+        return Attempts(self._settings, self._outage, seconds("timeout", timeout, "no limit"))
+
+    def _error_of(self, failed: Any) -> Error:
+        return error_of(failed, self._settings.target)
+
+    def _reached(self, attempts: Attempts) -> tuple[Any, _messages.Stubs]:
+        """Waits until there is a server, before a stream takes items that could not be taken again."""
+        while True:
+            grpc, stubs = self._stubs()
+            try:
+                stubs.probe(b"", timeout=attempts.left())
+            except grpc.RpcError as failed:
+                error = self._error_of(failed)
+                if error.reason == NO_CONNECTION:
+                    pause = attempts.pause(error)
+                    if pause is None:
+                        raise error from error.__cause__
+                    time.sleep(pause)
+                    if self._closed:
+                        raise closed("client")
+                    continue
+            # If the time is over the stream says so.
+            self._outage.ends()
+            return grpc, stubs
 
     def _stubs(self) -> tuple[Any, _messages.Stubs]:
         made = self._made
@@ -167,21 +213,22 @@ class Client:
                     if self._closed:
                         raise RuntimeError("this client is closed: make a new one")
                     grpc = _grpc.load()
-                    channel = _grpc.own(grpc.insecure_channel(self._target, [*DEFAULTS, *self._options]))
+                    channel = _grpc.own(grpc.insecure_channel(self._settings.target, self._settings.channel_options()))
                     made = self._made = (_grpc.generation(), grpc, _messages.Stubs(channel))
         return made[1], made[2]
 
 
-def _remade(kind: Any, target: str, pool: str, retries: int, idempotent: bool, options: Options) -> Any:
-    return kind(target, pool=pool, retries=retries, idempotent=idempotent, options=options)
+def _remade(kind: Any, settings: Settings) -> Any:
+    return kind(**settings._asdict())
 
 
 class Results(Iterator[Result]):
     """A stream of results. It ends itself; leave it early with `close`, or by `with`."""
 
-    def __init__(self, call: Any, feed: _Feed | None) -> None:
+    def __init__(self, call: Any, feed: _Feed | None, target: str) -> None:
         self._call = _grpc.own(call)
         self._feed = feed
+        self._target = target
         self._generation = _grpc.generation()
         self._pid = os.getpid()
 
@@ -195,7 +242,7 @@ class Results(Iterator[Result]):
                 self._feed.check()
             raise
         except _grpc.load().RpcError as failed:
-            error = error_of(failed)
+            error = error_of(failed, self._target)
             raise error from error.__cause__
 
     def close(self) -> None:

@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import grpc
 import numpy
 import pytest
 from harness import GATE, PATIENCE, Server
@@ -152,11 +153,97 @@ def test_what_is_no_address_is_refused(make):
         make(target)
 
 
-def test_a_server_that_is_not_there_has_grpcs_own_error_as_its_cause(make, nobody):
-    with make(nobody, retries=0) as client:
-        error = error_of(lambda: client.call(b""))
-    assert error.code is Code.UNAVAILABLE and not error.reason
+METHODS = {
+    "call": lambda client, **named: client.call(b"x", **named),
+    "submit": lambda client, **named: client.submit([b"x"], subscription="mine", **named),
+    "updates": lambda client, **named: next(client.updates("mine", **named)),
+    "process": lambda client, **named: next(client.process([b"x"], **named)),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_server_that_is_not_there_is_an_error_with_a_reason(make, nobody, method):
+    with make(nobody, connect_timeout=0) as client:
+        error = error_of(lambda: METHODS[method](client))
+    assert (error.code, error.reason) == (Code.UNAVAILABLE, "NO_CONNECTION")
+    assert error.message == f"there is no server at {nobody} (Connection refused)"
+    assert str(error) == f"UNAVAILABLE (NO_CONNECTION): {error.message}"
+    # gRPC's own error adds to it.
     assert type(error.__cause__).__name__ in ("_InactiveRpcError", "AioRpcError")
+
+
+def test_a_host_that_there_is_not_is_no_server(make):
+    with make("no-such-host.invalid:1", connect_timeout=0) as client:
+        error = error_of(lambda: client.call(b"x"))
+    assert (error.code, error.reason) == (Code.UNAVAILABLE, "NO_CONNECTION")
+    assert error.message.startswith("there is no server at no-such-host.invalid:1 (")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_time_out_of_the_client_has_a_reason(make, serve_nothing, method):
+    with make(serve_nothing) as client:
+        error = error_of(lambda: METHODS[method](client, timeout=SOON))
+    assert (error.code, error.reason) == (Code.DEADLINE_EXCEEDED, "DEADLINE_EXCEEDED")
+    assert str(error) == "DEADLINE_EXCEEDED: the timeout of the call is over"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_connection_that_breaks_has_a_reason(make, method):
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=answer_and_break, args=[listener], daemon=True)
+        thread.start()
+        with make("127.0.0.1:%d" % listener.getsockname()[1]) as client:
+            error = error_of(lambda: METHODS[method](client, timeout=PATIENCE))
+        assert (error.code, error.reason) == (Code.UNAVAILABLE, "CONNECTION_LOST")
+        assert error.message.startswith("the connection to 127.0.0.1:")
+        # A thread that waits in `accept` is not woken by a close.
+        listener.shutdown(socket.SHUT_RDWR)
+        thread.join(PATIENCE)
+
+
+@pytest.mark.parametrize("code", [grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.UNAUTHENTICATED])
+def test_what_a_proxy_says_is_passed_on_without_a_reason(make, code):
+    def refuse(request, context):
+        context.set_trailing_metadata([("server", "envoy")])
+        context.abort(code, "no healthy upstream")
+
+    class Handlers(grpc.GenericRpcHandler):
+        def service(self, call):
+            if call.method.endswith("/Check"):
+                return None
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    with ThreadPoolExecutor(2) as threads:
+        proxy = grpc.server(threads, handlers=[Handlers()])
+        port = proxy.add_insecure_port("127.0.0.1:0")
+        proxy.start()
+        with make(f"127.0.0.1:{port}") as client:
+            error = error_of(lambda: client.call(b"x", timeout=PATIENCE))
+        proxy.stop(None).wait()
+    assert (error.code.name, error.reason, error.message) == (code.name, "", "no healthy upstream")
+    assert error.__cause__ is not None
+
+
+def answer_and_break(listener):
+    """Lets a client connect and greets it, as HTTP/2 has it; breaks the connection when a call has come."""
+    while True:
+        try:
+            client, _ = listener.accept()
+        except OSError:
+            return
+        client.sendall(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+        read = b""
+        # A frame of type HEADERS begins a call.
+        while b"\x01\x04\x00\x00\x00\x01" not in read and (more := client.recv(1 << 16)):
+            read += more
+        client.close()
+
+
+@pytest.fixture
+def serve_nothing():
+    """An address at which connections are taken and nothing is answered."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        yield "127.0.0.1:%d" % listener.getsockname()[1]
 
 
 @pytest.mark.parametrize(
@@ -164,7 +251,6 @@ def test_a_server_that_is_not_there_has_grpcs_own_error_as_its_cause(make, nobod
     [
         ("größe", {}, Code.NOT_FOUND, "UNKNOWN_POOL", "there is no pool `größe`: this server has echo"),
         ("", {}, Code.INVALID_ARGUMENT, "POOL_REQUIRED", "names no pool"),
-        ("echo", {"priority": 4}, Code.INVALID_ARGUMENT, "BAD_PRIORITY", "0 to 3"),
         ("fail", {}, Code.INTERNAL, "EXEC_FAILED", "50 % of it\nis gone"),
     ],
 )
@@ -329,7 +415,7 @@ def test_what_another_task_closes_is_an_error_and_no_cancel(server, gate):
             await asyncio.to_thread(held.wait_until_begun)
             await results.close()
             error = await reader
-            assert (error.code, error.reason, error.message) == (Code.CANCELLED, "", "the stream was closed")
+            assert (error.code, error.reason, error.message) == (Code.CANCELLED, "CANCELLED", "the stream was closed")
             assert (await reads(results)).code is Code.CANCELLED, "also who comes later"
             await asyncio.to_thread(held.wait_until_killed)
 
@@ -419,27 +505,100 @@ def nobody():
         yield f"127.0.0.1:{holder.getsockname()[1]}"
 
 
-def test_a_server_that_is_not_there_yet_is_waited_for(make, nobody):
-    address, answers = nobody, queue.SimpleQueue()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_server_that_is_not_there_yet_is_waited_for(make, nobody, method, caplog):
+    answers = queue.SimpleQueue()
 
-    def call():
-        with make(address, retries=10**6) as client:
-            answers.put(client.call(b"x", timeout=PATIENCE).payload)
+    def use():
+        with make(nobody, connect_timeout=None) as client:
+            answers.put(METHODS[method](client, timeout=PATIENCE))
 
-    with make(address) as client:
-        error = error_of(lambda: client.call(b"x", timeout=SOON))
-        assert error.code in (Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
-    thread = threading.Thread(target=call)
+    thread = threading.Thread(target=use)
     thread.start()
-    with Server("--pool", "echo:1=echo", "--listen", address):
-        assert answers.get(timeout=PATIENCE) == b"x"
-        thread.join()
+    # After a second of waiting it says so; then there is a server.
+    until("a warning", lambda: [record for record in caplog.records if record.name == "forkring"])
+    assert answers.empty()
+    (record,) = (record for record in caplog.records if record.name == "forkring")
+    assert record.levelname == "WARNING"
+    assert record.getMessage() == f"there is no server at {nobody} (Connection refused); waiting for one"
+    with Server("--pool", "echo:1=echo", "--listen", nobody):
+        begin = time.monotonic()
+        if method == "updates":
+            with Client(nobody) as client:
+                client.submit([b"x"], subscription="mine")
+        answer = answers.get(timeout=PATIENCE)
+        thread.join(PATIENCE)
+        # gRPC's own pauses grow to two minutes; ours are of 0.1 s.
+        assert time.monotonic() - begin < 2, "it is found soon"
+        assert method == "submit" or answer.payload == b"x"
+        if method == "submit":
+            with Client(nobody) as client:
+                assert next(client.updates("mine", limit=1)).payload == b"x"
+    assert len([record for record in caplog.records if record.name == "forkring" and record.levelname == "WARNING"]) == 1
 
 
-def test_without_retries_a_server_that_is_not_there_is_an_error_at_once(make, nobody):
-    with make(nobody, retries=0) as client:
+def test_the_timeout_of_a_call_bounds_its_wait_for_a_server(make, nobody):
+    with make(nobody, connect_timeout=None) as client:
+        for method in METHODS.values():
+            error = error_of(lambda method=method: method(client, timeout=SOON))
+            assert (error.code, error.reason) == (Code.UNAVAILABLE, "NO_CONNECTION")
+
+
+def test_without_a_timeout_for_it_a_server_is_not_waited_for(make, nobody):
+    with make(nobody, retries=10**6, connect_timeout=0) as client:
         error = error_of(lambda: client.call(b"x"))
-        assert (error.code, error.reason) == (Code.UNAVAILABLE, "")
+        assert (error.code, error.reason) == (Code.UNAVAILABLE, "NO_CONNECTION")
+
+
+def test_a_client_that_is_closed_waits_no_more(make, nobody):
+    answers = queue.SimpleQueue()
+    clients = []
+
+    def use(method):
+        client = make(nobody, connect_timeout=None)
+        clients.append(client)
+        answers.put(error_of(lambda: METHODS[method](client)))
+
+    if make is Client:
+        for method in METHODS:
+            thread = threading.Thread(target=use, args=[method])
+            thread.start()
+            until("a client", lambda: clients)
+            until("its attempt", lambda: clients[0]._outage._began is not None)
+            clients.pop().close()
+            error = answers.get(timeout=PATIENCE)
+            thread.join(PATIENCE)
+            assert (error.code, error.message) == (Code.CANCELLED, "the client was closed")
+        return
+
+    async def main():
+        for method in ("call", "submit", "updates", "process"):
+            client = aio.Client(nobody, connect_timeout=None)
+            work = {
+                "call": lambda: client.call(b"x"),
+                "submit": lambda: client.submit([b"x"]),
+                "updates": lambda: client.updates().__anext__(),
+                "process": lambda: client.process([b"x"]).__anext__(),
+            }[method]
+            task = asyncio.ensure_future(work())
+            while client._outage._began is None:
+                await asyncio.sleep(0.005)
+            await client.close()
+            with pytest.raises(Error) as caught:
+                await task
+            assert (caught.value.code, caught.value.message) == (Code.CANCELLED, "the client was closed")
+        # A stream that is closed while it waits.
+        async with aio.Client(nobody, connect_timeout=None) as client:
+            results = client.process([b"x"])
+            reader = asyncio.ensure_future(results.__anext__())
+            while client._outage._began is None:
+                await asyncio.sleep(0.005)
+            await results.close()
+            with pytest.raises(Error) as caught:
+                await reader
+            assert (caught.value.reason, caught.value.message) == ("CANCELLED", "the stream was closed")
+
+    asyncio.run(asyncio.wait_for(main(), PATIENCE))
 
 
 @pytest.fixture
@@ -563,7 +722,7 @@ def test_an_item_whose_fate_is_unknown_is_sent_again_only_if_it_is_idempotent(ma
             assert proxy.broken == 2
         else:
             error = error_of(lambda: client.call(b"break me", timeout=PATIENCE))
-            assert (error.code, error.reason) == (Code.UNAVAILABLE, "")
+            assert (error.code, error.reason) == (Code.UNAVAILABLE, "CONNECTION_LOST")
             assert proxy.broken == 1
     proxy.close()
 
