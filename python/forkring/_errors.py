@@ -78,7 +78,10 @@ Described = tuple[int, str, str, str]
 def describe(error: BaseException) -> Described:
     """What to say of it, whatever its own methods do."""
     try:
-        return _describe(error)
+        code, *texts = _describe(error)
+        # A lone surrogate, as of a file's name that is no UTF-8, is shown as Python escapes it.
+        reason, message, trace = (text.encode("utf-8", "backslashreplace").decode() for text in texts)
+        return code, reason, message, trace
     except BaseException as second:
         message = f"the handler raised an exception, and describing it raised {type(second).__name__}"
         return int(Code.INTERNAL), "HANDLER_RAISED", message, ""

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import inspect
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, TypeVar
 
 from forkring import _core
+from forkring._arguments import seconds, whole
 from forkring._errors import describe
 
 _BATCH = "__forkring_batch__"
 _CONCURRENCY = "__forkring_concurrency__"
 _DEFAULT_CONCURRENCY = 64
+# What a server can hold, and more than one has by default.
+MOST_ITEMS = 2**20
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])
 
@@ -32,20 +36,18 @@ def batch(max_size: int = 32, max_delay: float = 0.002) -> Callable[[Handler], H
     every item's. The first item of a batch waits for others at most `max_delay` seconds, and not at all if as many are
     there. It is for functions, methods and classes with a `__call__`.
     """
-    if not isinstance(max_size, int):
+    if callable(max_size):
         raise TypeError("batch() takes the most items of a batch: write @forkring.batch(), with brackets")
-    if max_size < 1 or not max_delay >= 0:
-        raise ValueError(f"a batch has at least 1 item and waits for at least 0 s, not {max_size} and {max_delay}")
-    return _marks(_BATCH, _Batch(max_size, max_delay))
+    size = whole("max_size", max_size, 1, MOST_ITEMS)
+    delay = seconds("max_delay", max_delay)
+    return _marks(_BATCH, _Batch(size, math.inf if delay is None else delay))
 
 
 def concurrency(most: int) -> Callable[[Handler], Handler]:
     """A worker has up to `most` items of this `async def` handler open at once; without this they are 64."""
-    if not isinstance(most, int):
+    if callable(most):
         raise TypeError("concurrency() takes the most items at once: write @forkring.concurrency(8)")
-    if most < 1:
-        raise ValueError(f"a worker has at least 1 item open at once, not {most}")
-    return _marks(_CONCURRENCY, most)
+    return _marks(_CONCURRENCY, whole("most", most, 1, MOST_ITEMS))
 
 
 def _marks(name: str, value: object) -> Callable[[Handler], Handler]:

@@ -7,7 +7,12 @@ import sys
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Optional, Union
 
+from forkring._arguments import flag, listed, shown, text, texts, whole
 from forkring._core import main
+
+MOST_WORKERS = 256
+"""Of one pool."""
+MOST_CPUS = 1024
 
 
 def serve(
@@ -34,16 +39,17 @@ def serve(
     """
     if not handlers:
         raise TypeError("serve() takes at least one handler")
-    arguments = ["forkring", "serve", *options]
-    if affinity is not None and not isinstance(affinity, str):
-        affinity = ",".join(map(str, affinity))
-    for option, value in (("--workers", workers), ("--listen", listen), ("--name", name), ("--affinity", affinity)):
+    arguments = ["forkring", "serve", *(text("an element of options", one) for one in listed("options", options, "str"))]
+    if workers is not None:
+        arguments.append(f"--workers={whole('workers', workers, 1, MOST_WORKERS)}")
+    for option, value in (("listen", listen), ("name", name)):
         if value is not None:
-            arguments += [option, str(value)]
-    flags = (("--preload", preload), ("--reload", reload), ("--log-failures", log_failures))
-    arguments += [option for option, given in flags if given]
-    for variable, text in (worker_env or {}).items():
-        arguments += ["--worker-env", f"{variable}={text}"]
+            arguments.append(f"--{option}={text(option, value)}")
+    if affinity is not None:
+        arguments.append(f"--affinity={_cpus(affinity)}")
+    flags = (("preload", preload), ("reload", reload), ("log_failures", log_failures))
+    arguments += [f"--{option.replace('_', '-')}" for option, given in flags if flag(option, given)]
+    arguments += [f"--worker-env={variable}={value}" for variable, value in texts("worker_env", worker_env).items()]
     for handler in handlers:
         spec, attribute = _spec(handler)
         arguments += ["--pool", f"{attribute}={spec}"]
@@ -54,12 +60,19 @@ def serve(
         raise SystemExit(code)
 
 
+def _cpus(affinity: Any) -> str:
+    if isinstance(affinity, str):
+        return text("affinity", affinity)
+    cpus = listed("affinity", affinity, 'CPU numbers, or "auto"')
+    return ",".join(str(whole("a CPU of affinity", cpu, 0, MOST_CPUS - 1)) for cpu in cpus)
+
+
 def _spec(handler: Callable[..., Any]) -> tuple[str, str]:
     """How workers find it, and its own name."""
     attribute = getattr(handler, "__qualname__", None)
     module = getattr(handler, "__module__", None)
     if attribute is None or module is None or not attribute.replace(".", "").isidentifier():
-        raise TypeError(f"{handler!r} cannot be imported by workers: a handler is a function or class of a module")
+        raise TypeError(f"{shown(handler)} cannot be imported by workers: a handler is a function or class of a module")
     if module == "__main__":
         main_module = sys.modules["__main__"]
         imported_as, file = getattr(main_module, "__spec__", None), getattr(main_module, "__file__", None)

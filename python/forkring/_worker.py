@@ -21,6 +21,7 @@ from types import ModuleType
 from typing import Any, Callable
 
 from forkring import _core, _files, _preload
+from forkring._arguments import typed
 from forkring._end import end, leave
 from forkring._errors import BadHandler, format_traceback
 from forkring._forms import BadForm, takes_a_batch, worker_of
@@ -71,7 +72,7 @@ def load_file(path: str) -> ModuleType:
 def handler_of(target: Any, spec: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     """How to make the worker's handler of what was named, and how to work with it. Raises BadHandler."""
     if not callable(target):
-        raise BadHandler(f"`{spec}` is a {type(target).__name__}: a handler is a function or class")
+        raise BadHandler(f"`{spec}` is {typed(target)}: a handler is a function or class")
     argument = "the list of items" if takes_a_batch(target) else "the item"
     if inspect.isclass(target):
         call = target.__dict__.get("__call__") or getattr(target, "__call__", None)

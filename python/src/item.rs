@@ -19,14 +19,14 @@ use forkring::{
     segment::{INLINE, Segment},
 };
 use pyo3::{
-    exceptions::{PyRuntimeError, PyValueError},
+    exceptions::{PyModuleNotFoundError, PyRuntimeError, PyTypeError, PyValueError},
     intern,
     prelude::*,
     sync::PyOnceLock,
     types::{PyDict, PyMemoryView, PyString, PyType},
 };
 
-use crate::{family::Owner, payload::Payload, reply::Reply, result::Source};
+use crate::{argument, family::Owner, payload::Payload, reply::Reply, result::Source};
 
 /// What is lent while the handler runs.
 #[derive(Clone, Copy)]
@@ -311,19 +311,30 @@ impl Item {
         shape: Option<Bound<'py, PyAny>>,
     ) -> PyResult<Bound<'py, PyAny>> {
         let payload = self.payload(py)?;
-        let numpy = py.import(intern!(py, "numpy"))?;
-        let dtype = dtype.map_or_else(|| numpy.getattr(intern!(py, "uint8")), Ok)?;
+        let numpy = py.import(intern!(py, "numpy")).map_err(|error| {
+            let is_missing = error.is_instance_of::<PyModuleNotFoundError>(py);
+            if is_missing {
+                PyModuleNotFoundError::new_err("item.numpy() needs NumPy: pip install numpy")
+            } else {
+                error
+            }
+        })?;
         let view = PyMemoryView::from(payload.bind(py))?;
-        let array = numpy.call_method1(intern!(py, "frombuffer"), (view, dtype))?;
-        match shape {
-            Some(shape) => array.call_method1(intern!(py, "reshape"), (shape,)),
-            None => Ok(array),
-        }
+        let array = || {
+            let dtype = dtype.clone().map_or_else(|| numpy.getattr(intern!(py, "uint8")), Ok)?;
+            let array = numpy.call_method1(intern!(py, "frombuffer"), (&view, dtype))?;
+            match &shape {
+                Some(shape) => array.call_method1(intern!(py, "reshape"), (shape,)),
+                None => Ok(array),
+            }
+        };
+        array().map_err(|error| no_array(py, payload.bind(py), dtype.as_ref(), shape.as_ref(), &error))
     }
 
     /// Memory for a result of so many bytes, all zero. What is in it when the handler returns it, or returns None, is sent
     /// from there with no copy.
-    fn reply(&self, py: Python<'_>, nbytes: usize) -> PyResult<Py<Reply>> {
+    fn reply(&self, py: Python<'_>, nbytes: &Bound<'_, PyAny>) -> PyResult<Py<Reply>> {
+        let nbytes = argument::size("nbytes", nbytes)?;
         let waits = matches!(self.lent()?, Lent::Handled { .. });
         // Behind the parts of a result that comes in one it is copied; and of many items none makes the others wait.
         let mut is_copied = nbytes <= INLINE || self.with_reply(|reply| !reply.is_empty())?;
@@ -350,6 +361,32 @@ impl Item {
     fn __repr__(&self) -> String {
         format!("<forkring.Item id={} attempt={}>", self.id, self.attempt)
     }
+}
+
+/// What is wrong with the type and shape that NumPy was to give a payload.
+fn no_array(
+    py: Python<'_>,
+    payload: &Bound<'_, Payload>,
+    dtype: Option<&Bound<'_, PyAny>>,
+    shape: Option<&Bound<'_, PyAny>>,
+    error: &PyErr,
+) -> PyErr {
+    let len = payload.len().unwrap_or_default();
+    let given = |name: &str, value: Option<&Bound<'_, PyAny>>| {
+        value.map(|value| format!("{name} is {}; ", argument::typed(value))).unwrap_or_default()
+    };
+    let (dtype, shape) = (given("dtype", dtype), given("shape", shape));
+    let message = format!(
+        "the payload of {len} bytes cannot be seen as such an array: {dtype}{shape}NumPy says: {}",
+        error.value(py)
+    );
+    let refusal = if error.is_instance_of::<PyTypeError>(py) {
+        PyTypeError::new_err(message)
+    } else {
+        PyValueError::new_err(message)
+    };
+    refusal.set_cause(py, Some(error.clone_ref(py)));
+    refusal
 }
 
 /// Memory in the arena, or to copy from.

@@ -11,6 +11,7 @@
 //!
 //! The GIL guards what several threads of a handler may do at once, so a free-threaded Python turns it on for us.
 
+mod argument;
 mod buffer;
 mod family;
 mod item;

@@ -22,13 +22,13 @@ use std::{
 
 use forkring::segment::{INLINE, Pin, Segment};
 use pyo3::{
-    exceptions::{PyIndexError, PyRuntimeWarning},
+    exceptions::{PyIndexError, PyRuntimeWarning, PyTypeError},
     ffi,
     prelude::*,
     types::{PyBytes, PyMemoryView},
 };
 
-use crate::{buffer, family::Owner};
+use crate::{argument, buffer, family::Owner};
 
 /// How many payloads outlived their handlers.
 static LATE: AtomicU64 = AtomicU64::new(0);
@@ -141,10 +141,18 @@ impl Payload {
     }
 
     fn __getitem__<'py>(slf: &Bound<'py, Self>, index: &Bound<'py, PyAny>) -> PyResult<Bound<'py, PyAny>> {
-        let item = PyMemoryView::from(slf)?.get_item(index);
-        item.map_err(|error| match error.is_instance_of::<PyIndexError>(slf.py()) {
-            true => PyIndexError::new_err("the payload is not that long"),
-            false => error,
+        let view = PyMemoryView::from(slf)?;
+        view.get_item(index).map_err(|error| {
+            let (py, len, index) = (slf.py(), slf.get().bytes().len(), argument::typed(index));
+            if error.is_instance_of::<PyIndexError>(py) {
+                PyIndexError::new_err(format!("the index is {index}: the payload is not that long, it has {len} bytes"))
+            } else if error.is_instance_of::<PyTypeError>(py) {
+                PyTypeError::new_err(format!(
+                    "the index is {index}: a payload is indexed by an integer or a slice of integers"
+                ))
+            } else {
+                error
+            }
         })
     }
 

@@ -52,7 +52,7 @@ BATCH = "import forkring\n@forkring.batch()\n"
         ("def handle(): pass", "called with one argument, the item, but it is `handle()`"),
         ("def handle(a, b): pass", "but it is `handle(a, b)`"),
         ("def handle(*, item): pass", "but it is `handle(*, item)`"),
-        ("handle = 7", "`app:handle` is a int: a handler is a function or class"),
+        ("handle = 7", "`app:handle` is 7, of type int: a handler is a function or class"),
         ("def handel(item): pass", "`app` has no `handle`: did you mean `handel`?"),
         ("", "`app` has no `handle`"),
         ("class handle: pass", "the class `app:handle` has no `def __call__(self, item)`"),
@@ -75,10 +75,10 @@ def test_what_is_no_handler_is_refused(tmp_path, source, says):
     "decorator, says",
     [
         ("batch", "TypeError: batch() takes the most items of a batch: write @forkring.batch(), with brackets"),
-        ("batch(0)", "ValueError: a batch has at least 1 item"),
-        ("batch(1, -1)", "waits for at least 0 s, not 1 and -1"),
+        ("batch(0)", "ValueError: max_size is 0: it must be an integer from 1 to 1048576"),
+        ("batch(1, -1)", "ValueError: max_delay is -1: it must be a number of seconds from 0 to"),
         ("concurrency", "write @forkring.concurrency(8)"),
-        ("concurrency(0)", "ValueError: a worker has at least 1 item open at once, not 0"),
+        ("concurrency(0)", "ValueError: most is 0: it must be an integer from 1 to 1048576"),
     ],
 )
 def test_a_decorator_says_what_is_wrong(tmp_path, decorator, says):
