@@ -7,11 +7,12 @@ use std::{
     fs::File,
     io::{self, Read as _, Seek as _},
     os::{
-        fd::{AsFd, BorrowedFd, OwnedFd},
+        fd::{AsFd, AsRawFd as _, BorrowedFd, OwnedFd},
         unix::ffi::OsStrExt as _,
     },
     path::{Path, PathBuf},
     process::{Command, ExitStatus, Stdio},
+    sync::Arc,
 };
 
 use rustix::fs::{MemfdFlags, memfd_create};
@@ -36,12 +37,44 @@ pub struct Program {
     tells_files: bool,
     /// What it is started with to be a nursery: it loads all that workers need and forks them.
     nursery: Option<Vec<OsString>>,
+    failures: Failures,
 }
+
+/// Memory that the workers of a pool share over their lives: a worker that cannot start notes there why, so that the next one
+/// need not say the same at length. Only the workers read and write it, and there may be none.
+#[derive(Clone, Debug, Default)]
+struct Failures(Option<Arc<OwnedFd>>);
+
+/// The environment variable that names its descriptor.
+const FAILURES: &str = "FORKRING_WORKER_FAILURES";
+
+impl Failures {
+    fn new() -> Self {
+        // Without it each worker says all.
+        Failures(memfd_create("forkring-failures", MemfdFlags::CLOEXEC).ok().map(Arc::new))
+    }
+}
+
+/// Two programs are equal if they run the same.
+impl PartialEq for Failures {
+    fn eq(&self, _: &Self) -> bool {
+        true
+    }
+}
+
+impl Eq for Failures {}
 
 impl Program {
     /// A program, looked up in PATH if it is a bare name.
     pub fn new(program: impl Into<OsString>) -> Self {
-        Program { program: program.into(), arguments: Vec::new(), check: None, tells_files: false, nursery: None }
+        Program {
+            program: program.into(),
+            arguments: Vec::new(),
+            check: None,
+            tells_files: false,
+            nursery: None,
+            failures: Failures::default(),
+        }
     }
 
     /// What it is started with.
@@ -70,7 +103,7 @@ impl Program {
             check.extend(reload.then_some("--files"));
             let nursery = preload.then(|| arguments(&["--preload"]));
             let program = Program::new(interpreter).args(arguments(&[])).checked_with(arguments(&check));
-            Program { nursery, tells_files: reload, ..program }
+            Program { nursery, tells_files: reload, failures: Failures::new(), ..program }
         })
     }
 
@@ -146,10 +179,18 @@ impl Program {
         text: Result<String, serde_json::Error>,
         inherited: &[&dyn AsFd],
     ) -> io::Error {
-        match text {
-            Ok(text) => process::exec(Command::new(&self.program).args(arguments).env(variable, text), inherited),
-            Err(error) => error.into(),
+        let text = match text {
+            Ok(text) => text,
+            Err(error) => return error.into(),
+        };
+        let mut command = Command::new(&self.program);
+        command.args(arguments).env(variable, text);
+        let mut inherited = inherited.to_vec();
+        if let Some(failures) = &self.failures.0 {
+            command.env(FAILURES, failures.as_raw_fd().to_string());
+            inherited.push(failures);
         }
+        process::exec(&mut command, &inherited)
     }
 }
 

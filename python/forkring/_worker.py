@@ -24,6 +24,7 @@ from forkring import _core, _files, _preload
 from forkring._arguments import typed
 from forkring._end import end, leave
 from forkring._errors import BadHandler, format_traceback
+from forkring._failures import Failures
 from forkring._forms import BadForm, takes_a_batch, worker_of
 
 
@@ -137,6 +138,7 @@ def main(arguments: list[str]) -> int:
     check, preload = "--check" in options, "--preload" in options
     tell = _files.teller() if "--files" in options else _files.nobody
     nursery = None
+    failures = Failures()
     if not check:
         # Before the module is imported, which may start programs: they would keep the server's name.
         if preload:
@@ -160,14 +162,15 @@ def main(arguments: list[str]) -> int:
             sys.stdout.reconfigure(line_buffering=True)
         handler = make()
     except BadHandler as error:
-        print(f"forkring: {error}", file=sys.stderr)
+        print(failures.told(f"forkring: {error}"), file=sys.stderr)
         tell(error)
         return 2
     except BaseException as error:
         # All of it is the user's.
-        print(format_traceback(error), file=sys.stderr)
+        print(failures.told(format_traceback(error)), file=sys.stderr)
         tell(error)
         return 2
+    failures.forget()
     if nursery is not None:
         nursery.hand_over()
     try:

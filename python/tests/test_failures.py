@@ -1,6 +1,7 @@
 """Handlers that fail: what the client is told, and that nobody else notices."""
 
 import json
+import os
 import pickle
 import sys
 import textwrap
@@ -197,6 +198,42 @@ def test_calls_to_a_class_that_can_never_be_made_are_refused(serve):
     assert (code, reason) == ("UNAVAILABLE", "POOL_FAILING")
     assert "`Unmakeable`" in message and "log" in message
     assert "RuntimeError: the model is broken" in app.log()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--preload"]], ids=["programs", "preload"])
+def test_what_workers_cannot_start_for_is_told_once(serve, tmp_path, monkeypatch, arguments):
+    marker = tmp_path / "marker"
+    monkeypatch.setenv("MARKER", str(marker))
+    marker.write_text("the model is not there yet")
+    app = serve("made:2=failing.py:Unmakable", arguments=arguments, quiet=False)
+    again = "forkring: the same error as before, {} times now: RuntimeError: {}"
+    until("the third failure", lambda: again.format(3, "the model is not there yet") in app.log())
+    assert app.log().count("Traceback (most recent call last)") == 1, app.log()
+
+    # Another error is shown in full, and then counted.
+    marker.write_text("the model is broken")
+    until("another failure", lambda: again.format(2, "the model is broken") in app.log())
+    assert app.log().count("Traceback (most recent call last)") == 2, app.log()
+    assert "\nRuntimeError: the model is broken (" in app.log()
+
+    # So is the first one, after a worker that started.
+    marker.write_text("")
+    pid = int(app.call("made"))
+    until("both workers", lambda: len(app.workers()) == 2)
+    marker.write_text("the model is not there yet")
+    before = len(app.log())
+    os.kill(pid, 9)
+    until("a failure", lambda: "RuntimeError: the model is not there yet" in app.log()[before:])
+    marker.write_text("")
+    log = app.log()[before:]
+    assert log.index("Traceback (most recent call last)") < log.index("RuntimeError: the model is not there yet")
+
+
+def test_what_a_pool_fails_of_is_not_inherited(serve):
+    app = serve("basic.py:open_files")
+    lines = app.call("open_files").decode().splitlines()
+    assert [line.rpartition(" ")[2] for line in lines if "forkring-failures" in line] == ["False"]
+    assert "FORKRING_WORKER_FAILURES" not in lines
 
 
 def test_a_pool_that_there_is_not(ways):

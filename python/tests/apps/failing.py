@@ -122,3 +122,16 @@ class Unmakeable:
 
     def __call__(self, item):
         return b"never"
+
+
+class Unmakable:
+    """Fails to be made of what the file in the environment says, unless it says nothing."""
+
+    def __init__(self):
+        with open(os.environ["MARKER"]) as file:
+            why = file.read()
+        if why:
+            raise RuntimeError(f"{why} ({object()!r})")
+
+    def __call__(self, item):
+        return str(os.getpid())
