@@ -353,6 +353,19 @@ pub fn dies_with_us(command: &mut Command) -> &mut Command {
     }
 }
 
+/// Holds Ctrl-C back from a command until the command lets it in. A Python that is interrupted while it starts shows a
+/// traceback of its own; its program can choose what an interrupt does, and then lets in what has come meanwhile.
+pub fn holds_interrupts(command: &mut Command) -> &mut Command {
+    // SAFETY: between fork and exec only async-signal-safe calls may be made; this is pthread_sigmask.
+    unsafe {
+        command.pre_exec(|| {
+            let mut interrupts = SigSet::empty();
+            interrupts.add(signal::Signal::SIGINT);
+            interrupts.thread_block().map_err(io::Error::from)
+        })
+    }
+}
+
 /// Limits the memory of this process and of each that it starts: what it has for writing and for itself alone, which is heap
 /// and threads' stacks. Not the whole address space, which would count the segment, and not what is resident, which the
 /// kernel has no limit for. An allocation beyond it fails.

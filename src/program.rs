@@ -117,6 +117,9 @@ impl Program {
         let Some(arguments) = &self.check else { return Ok(None) };
         let mut command = Command::new(&self.program);
         process::dies_with_us(command.args(arguments).envs(variables).stdin(Stdio::null()));
+        if self.is_python() {
+            process::holds_interrupts(&mut command);
+        }
         let files = match self.tells_files {
             true => Some(File::from(memfd_create("forkring-files", MemfdFlags::CLOEXEC)?)),
             false => None,

@@ -12,6 +12,9 @@
 
 from __future__ import annotations
 
+# Before all else: see there.
+import forkring._interrupts  # isort: skip
+
 import importlib
 from typing import TYPE_CHECKING, Any
 

@@ -1,14 +1,14 @@
 """The command `forkring`."""
 
-import signal
 import sys
 
 from forkring._core import main as _main
+from forkring._interrupts import end_at_interrupts
 
 
 def main() -> int:
     # Python's own handler only notes a Ctrl-C, for bytecode that does not run here.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    end_at_interrupts()
     return _main(["forkring", *sys.argv[1:]], sys.executable, *_starts())
 
 

@@ -117,7 +117,8 @@ def take_signals() -> None:
     """
     ours: dict[int, Any] = {signal.SIGTERM: signal.SIG_DFL, signal.SIGINT: signal.default_int_handler}
     for number, default in ours.items():
-        if signal.getsignal(number) is default:
+        # `_interrupts` has taken Python's own handler away.
+        if signal.getsignal(number) in (default, signal.SIG_DFL):
             signal.signal(number, _ignore)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ours)
 
@@ -139,7 +140,10 @@ def main(arguments: list[str]) -> int:
     tell = _files.teller() if "--files" in options else _files.nobody
     nursery = None
     failures = Failures()
-    if not check:
+    if check:
+        # It comes held back; now it ends the process without a word.
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+    else:
         # Before the module is imported, which may start programs: they would keep the server's name.
         if preload:
             nursery = _core.Nursery()

@@ -1,9 +1,9 @@
-"""A handler whose module takes as long to import in a worker as a pipe's writer likes."""
+"""A handler whose module takes as long to import in a worker, or in what forks workers, as a pipe's writer likes."""
 
 import os
 
 LOADED = ""
-if "FORKRING_WORKER" in os.environ:
+if {"FORKRING_WORKER", "FORKRING_NURSERY"} & os.environ.keys():
     with open(os.environ["LOAD"]) as pipe:
         LOADED = pipe.read()
 
