@@ -49,7 +49,7 @@ def serve(
         arguments.append(f"--affinity={_cpus(affinity)}")
     flags = (("preload", preload), ("reload", reload), ("log_failures", log_failures))
     arguments += [f"--{option.replace('_', '-')}" for option, given in flags if flag(option, given)]
-    arguments += [f"--worker-env={variable}={value}" for variable, value in texts("worker_env", worker_env).items()]
+    arguments += [f"--worker-env={variable}={value}" for variable, value in _variables(worker_env)]
     for handler in handlers:
         spec, attribute = _spec(handler)
         arguments += ["--pool", f"{attribute}={spec}"]
@@ -58,6 +58,15 @@ def serve(
     code = main(arguments, sys.executable, "-m", "forkring")
     if code != 0:
         raise SystemExit(code)
+
+
+def _variables(worker_env: Any) -> Iterable[tuple[str, str]]:
+    for name, value in texts("worker_env", worker_env).items():
+        if not name or set(name) & set("=\n\0"):
+            raise ValueError(f"worker_env has {shown(name)}: the name of a variable is not empty and has no `=` and no line break")
+        if set(value) & set("\n\0"):
+            raise ValueError(f"worker_env[{shown(name)}] is {shown(value)}: it must have no line break")
+        yield name, value
 
 
 def _cpus(affinity: Any) -> str:

@@ -51,6 +51,10 @@ class Work:
         self.priority = priority
         self.timeout = timeout
 
+    def __repr__(self) -> str:
+        given = (f"{name}={shown(value)}" for name in sorted(self.__slots__) if (value := getattr(self, name)) is not None)
+        return f"forkring.Work({', '.join(given)})"
+
 
 class Timing(NamedTuple):
     """Where an item's time went, in seconds."""
@@ -66,8 +70,9 @@ class Timing(NamedTuple):
 class Error(Exception):
     """Why an item, or a stream, failed.
 
-    If the server did not say so itself, gRPC's own error is the `__cause__`. The client's own reasons are DEADLINE_EXCEEDED,
-    CANCELLED, NO_CONNECTION (nothing was sent) and CONNECTION_LOST (what was sent may have been done).
+    The client's own reasons are DEADLINE_EXCEEDED, CANCELLED, NO_CONNECTION (nothing was sent) and CONNECTION_LOST (what was
+    sent may have been done). Where gRPC's own error adds something, as with the last one and where there is no reason, it is
+    the `__cause__`.
     """
 
     # What a traceback calls it is what a program can write.
@@ -286,7 +291,8 @@ def error_of(failed: Any, target: str) -> Error:
                     traceback = "\n".join(_messages.DebugInfo.FromString(detail.value).stack_entries)
     code, message, cause = Code[failed.code().name], failed.details() or "", None
     if not reason:
-        (reason, message), cause = _own(code, message, failed, target), failed
+        reason, message = _own(code, message, failed, target)
+        cause = failed if reason in ("", CONNECTION_LOST) else None
     error = Error(code, reason, message, traceback=traceback, retry_delay=delay)
     error.__cause__ = cause
     return error

@@ -140,6 +140,9 @@ class Client:
     async def __aexit__(self, *_: object) -> None:
         await self.close()
 
+    def __repr__(self) -> str:
+        return f"<forkring.aio.Client of {self._settings.target}>"
+
     def __reduce__(self) -> Any:
         return _remade, (type(self), self._settings)
 

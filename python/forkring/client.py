@@ -175,6 +175,9 @@ class Client:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def __repr__(self) -> str:
+        return f"<forkring.Client of {self._settings.target}>"
+
     def __reduce__(self) -> Any:
         return _remade, (type(self), self._settings)
 

@@ -3,6 +3,7 @@
 import array
 import asyncio
 import hashlib
+import math
 import queue
 import signal
 import socket
@@ -21,6 +22,7 @@ from programs import run_program
 from serving import until
 
 from forkring import aio
+from forkring._attempts import Attempts, Outage, settings_of
 from forkring.client import Client, Code, Error, Work
 
 LARGE = 8 << 20
@@ -96,6 +98,12 @@ def test_call(client):
     assert result.worker in (0, 1)
 
 
+def test_clients_and_works_show_what_they_are():
+    assert repr(Client("h:1")) == "<forkring.Client of h:1>"
+    assert repr(aio.Client("http://h:1")) == "<forkring.aio.Client of h:1>"
+    assert repr(Work(b"x", id=7, pool="p")) == "forkring.Work(id=7, payload=b'x', pool='p', priority=0)"
+
+
 def test_call_of_another_pool(client):
     assert client.call(b"abc", pool="hash").payload == hashlib.sha256(b"abc").digest()
 
@@ -168,8 +176,8 @@ def test_a_server_that_is_not_there_is_an_error_with_a_reason(make, nobody, meth
     assert (error.code, error.reason) == (Code.UNAVAILABLE, "NO_CONNECTION")
     assert error.message == f"there is no server at {nobody} (Connection refused)"
     assert str(error) == f"UNAVAILABLE (NO_CONNECTION): {error.message}"
-    # gRPC's own error adds to it.
-    assert type(error.__cause__).__name__ in ("_InactiveRpcError", "AioRpcError")
+    # gRPC's own error says no more, and would bury it.
+    assert error.__cause__ is None and (error.__context__ is None or error.__suppress_context__)
 
 
 def test_a_host_that_there_is_not_is_no_server(make):
@@ -196,6 +204,7 @@ def test_a_connection_that_breaks_has_a_reason(make, method):
             error = error_of(lambda: METHODS[method](client, timeout=PATIENCE))
         assert (error.code, error.reason) == (Code.UNAVAILABLE, "CONNECTION_LOST")
         assert error.message.startswith("the connection to 127.0.0.1:")
+        assert type(error.__cause__).__name__ in ("_InactiveRpcError", "_MultiThreadedRendezvous", "AioRpcError")
         # A thread that waits in `accept` is not woken by a close.
         listener.shutdown(socket.SHUT_RDWR)
         thread.join(PATIENCE)
@@ -522,19 +531,65 @@ def test_a_server_that_is_not_there_yet_is_waited_for(make, nobody, method, capl
     assert record.levelname == "WARNING"
     assert record.getMessage() == f"there is no server at {nobody} (Connection refused); waiting for one"
     with Server("--pool", "echo:1=echo", "--listen", nobody):
-        begin = time.monotonic()
         if method == "updates":
             with Client(nobody) as client:
                 client.submit([b"x"], subscription="mine")
         answer = answers.get(timeout=PATIENCE)
         thread.join(PATIENCE)
-        # gRPC's own pauses grow to two minutes; ours are of 0.1 s.
-        assert time.monotonic() - begin < 2, "it is found soon"
         assert method == "submit" or answer.payload == b"x"
         if method == "submit":
             with Client(nobody) as client:
                 assert next(client.updates("mine", limit=1)).payload == b"x"
     assert len([record for record in caplog.records if record.name == "forkring" and record.levelname == "WARNING"]) == 1
+
+
+@pytest.mark.parametrize(
+    "connect_timeout, longest", [(10, 10_000), (0, 20_000), (None, 20_000), (math.inf, 20_000), (3600, 20_000), (0.1, 1_000)]
+)
+def test_grpc_looks_for_a_server_ten_times_a_second(connect_timeout, longest):
+    own = ("grpc.max_reconnect_backoff_ms", 7)
+    settings = settings_of("h:1", "", 10, False, connect_timeout, [own])
+    *options, last = settings.channel_options()
+    assert last == own, "what the caller says wins"
+    options = dict(options)
+    # By itself its pauses grow to two minutes, and a server that starts is found after the next of them.
+    assert options["grpc.initial_reconnect_backoff_ms"] == options["grpc.max_reconnect_backoff_ms"] == 100
+    # One attempt to connect is not to take longer than a call waits.
+    assert options["grpc.min_reconnect_backoff_ms"] == longest
+
+
+def refusal(reason="", code=Code.UNAVAILABLE, delay=None):
+    return Error(code, reason, "", retry_delay=delay)
+
+
+@pytest.mark.parametrize(
+    "named, timeout, error, least, most",
+    [
+        # Nothing was sent: soon again, while there is time.
+        ({}, None, refusal("NO_CONNECTION"), 0.05, 0.075),
+        ({"retries": 0}, None, refusal("NO_CONNECTION"), 0.05, 0.075),
+        ({"connect_timeout": 0}, None, refusal("NO_CONNECTION"), None, None),
+        ({"connect_timeout": None}, 0, refusal("NO_CONNECTION"), None, None),
+        # The server said when.
+        ({}, None, refusal("QUEUE_FULL", Code.RESOURCE_EXHAUSTED, 0.2), 0.2, 0.3),
+        ({"connect_timeout": 0}, None, refusal("QUEUE_FULL", Code.RESOURCE_EXHAUSTED, 0.2), 0.2, 0.3),
+        ({"retries": 0}, None, refusal("QUEUE_FULL", Code.RESOURCE_EXHAUSTED, 0.2), None, None),
+        ({}, 0.1, refusal("QUEUE_FULL", Code.RESOURCE_EXHAUSTED, 0.2), None, None),
+        ({}, None, refusal("QUEUE_FULL", Code.RESOURCE_EXHAUSTED), None, None),
+        # It may have been sent.
+        ({}, None, refusal("CONNECTION_LOST"), None, None),
+        ({"idempotent": True}, None, refusal("CONNECTION_LOST"), 0.05, 0.075),
+        ({"idempotent": True}, None, refusal(""), 0.05, 0.075),
+        ({"idempotent": True}, None, refusal("DRAINING"), None, None),
+        ({"idempotent": True}, None, refusal("", Code.INTERNAL), None, None),
+        ({"idempotent": True, "retries": 0}, None, refusal("CONNECTION_LOST"), None, None),
+    ],
+)
+def test_when_a_call_is_tried_again(named, timeout, error, least, most):
+    made = {"pool": "", "retries": 10, "idempotent": False, "connect_timeout": 10, "options": (), **named}
+    attempts = Attempts(settings_of("h:1", **made), Outage("h:1"), timeout)
+    pause = attempts.pause(error)
+    assert (pause is None) if least is None else least <= pause <= most
 
 
 def test_the_timeout_of_a_call_bounds_its_wait_for_a_server(make, nobody):
