@@ -6,6 +6,7 @@ A child that does not end is killed by an alarm, so that its exit code says that
 """
 
 import asyncio
+import faulthandler
 import os
 import signal
 import sys
@@ -87,6 +88,8 @@ def fork(traffic, child, leave=sys.exit):
         traffic.wait(20)
         pid = os.fork()
         if pid == 0:
+            # Says where it hangs before it is killed.
+            faulthandler.register(signal.SIGALRM, chain=True)
             signal.alarm(PATIENCE)
             try:
                 child()
