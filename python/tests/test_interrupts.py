@@ -44,6 +44,8 @@ def start(tmp_path):
     def begin(command, handler="app:handle", **variables):
         environment = {key: value for key, value in os.environ.items() if not key.startswith("FORKRING_")}
         own = ["--workers", "1", "--arena", "1MiB", "--max-message", "512KiB", "--listen", "127.0.0.1:0"]
+        # It ends with the tests, however these end.
+        own += ["--parent", str(os.getpid())]
         process = subprocess.Popen(
             [*command, "serve", handler, *own, "--name", f"interrupts-{os.getpid()}"],
             cwd=tmp_path,
