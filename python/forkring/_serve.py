@@ -10,8 +10,8 @@ from typing import Any, Optional, Union
 from forkring._arguments import flag, listed, shown, text, texts, whole
 from forkring._core import main
 
-MOST_WORKERS = 256
-"""Of one pool."""
+MOST_WORKERS = 1024
+"""Of a server."""
 MOST_CPUS = 1024
 
 

@@ -155,9 +155,9 @@ def handle(item):
 @pytest.mark.parametrize(
     "named, kind, says",
     [
-        ({"workers": 0}, ValueError, "workers is 0: it must be an integer from 1 to 256"),
-        ({"workers": -1}, ValueError, "workers is -1: it must be an integer from 1 to 256"),
-        ({"workers": 257}, ValueError, "workers is 257: it must be an integer from 1 to 256"),
+        ({"workers": 0}, ValueError, "workers is 0: it must be an integer from 1 to 1024"),
+        ({"workers": -1}, ValueError, "workers is -1: it must be an integer from 1 to 1024"),
+        ({"workers": 1025}, ValueError, "workers is 1025: it must be an integer from 1 to 1024"),
         ({"workers": "two"}, TypeError, "workers is 'two', of type str"),
         ({"workers": 2.0}, TypeError, "workers is 2.0, of type float"),
         ({"workers": True}, TypeError, "workers is True, of type bool"),

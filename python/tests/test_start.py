@@ -136,7 +136,7 @@ def test_serve_refuses_what_workers_cannot_import(tmp_path):
     for handler, says in [
         ("lambda item: b''", "cannot be imported by workers"),
         ("7", "cannot be imported by workers"),
-        ("handle, workers=0", "workers is 0: it must be an integer from 1 to 256"),
+        ("handle, workers=0", "workers is 0: it must be an integer from 1 to 1024"),
         ("handle, affinity=[]", "`` is not an affinity"),
     ]:
         (tmp_path / "app.py").write_text(
