@@ -205,7 +205,7 @@ def test_what_workers_cannot_start_for_is_told_once(serve, tmp_path, monkeypatch
     marker = tmp_path / "marker"
     monkeypatch.setenv("MARKER", str(marker))
     marker.write_text("the model is not there yet")
-    app = serve("made:2=failing.py:Unmakable", arguments=arguments, quiet=False)
+    app = serve("made:2=failing.py:MadeAsTold", arguments=arguments, quiet=False)
     again = "forkring: the same error as before, {} times now: RuntimeError: {}"
     until("the third failure", lambda: again.format(3, "the model is not there yet") in app.log())
     assert app.log().count("Traceback (most recent call last)") == 1, app.log()

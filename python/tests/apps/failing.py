@@ -124,7 +124,7 @@ class Unmakeable:
         return b"never"
 
 
-class Unmakable:
+class MadeAsTold:
     """Fails to be made of what the file in the environment says, unless it says nothing."""
 
     def __init__(self):
