@@ -2,11 +2,11 @@
 //!
 //! # Turns
 //!
-//! h2 handles every frame that the socket has before hyper accepts the streams that these frames opened. [`Turns`] therefore
-//! ends a read after [`TURN`] bytes, as if the socket had no more: the streams are accepted, other connections get
-//! their turn, and the read goes on. This bounds the streams that a client can open and reset before the server sees them, and it
-//! bounds them below h2's own limit for that ([`MAX_UNSEEN_RESETS`]), which would otherwise close the connection of a client
-//! that cancels calls while the front is stalled.
+//! h2 handles every frame that the socket has before hyper accepts the streams that these frames opened. So a turn is one poll
+//! of the connection's task, and [`Turns`] gives h2 at most [`TURN`] bytes in each, as if the socket had no more: the
+//! streams are accepted, other connections get their turn, and the read goes on. This bounds the streams that a client can
+//! open and reset before the server sees them, and it bounds them below h2's own limit for that ([`MAX_UNSEEN_RESETS`]), which
+//! would otherwise close the connection of a client that cancels calls while the front is stalled.
 //!
 //! # Premature resets
 //!
@@ -17,6 +17,7 @@
 
 use std::{
     cell::Cell,
+    io::{self, IoSlice},
     net::SocketAddr,
     pin::Pin,
     rc::Rc,
@@ -24,7 +25,7 @@ use std::{
 };
 
 use tokio::{
-    io::{AsyncRead, ReadBuf},
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, ReadBuf, Take},
     sync::Notify,
 };
 
@@ -32,29 +33,42 @@ use super::resets::ResetBudget;
 use crate::process::now;
 
 /// Bytes that are read from a connection before the streams that they opened are accepted.
-const TURN: usize = 64 << 10;
+const TURN: u64 = 64 << 10;
 /// More streams than can be opened and reset by [`TURN`] bytes: 13 bytes for RST_STREAM, and for HEADERS 9 and one for each of the
 /// four fields that a request must have.
-pub const MAX_UNSEEN_RESETS: usize = TURN / (13 + 9 + 4) + 1;
+pub const MAX_UNSEEN_RESETS: usize = TURN as usize / (13 + 9 + 4) + 1;
 
 /// See the module.
 #[derive(Debug)]
 pub struct Connection {
     pub peer: SocketAddr,
     turn: Cell<u64>,
+    /// Bytes have been written since [`Connection::take_written`].
+    has_written: Cell<bool>,
     resets: Cell<ResetBudget>,
     is_flooded: Notify,
 }
 
 impl Connection {
-    /// A connection that may reset `max_resets` streams prematurely in a minute.
+    /// Returns a connection that may reset `max_resets` streams a second prematurely.
     pub fn new(peer: SocketAddr, max_resets: u32) -> Rc<Self> {
         Rc::new(Connection {
             peer,
             turn: Cell::new(0),
+            has_written: Cell::new(false),
             resets: Cell::new(ResetBudget::new(max_resets)),
             is_flooded: Notify::new(),
         })
+    }
+
+    /// Begins a turn. For each poll of the connection's task.
+    pub fn begin_turn(&self) {
+        self.turn.set(self.turn.get() + 1);
+    }
+
+    /// Returns whether anything has been written to the socket since this was asked last.
+    pub fn take_written(&self) -> bool {
+        self.has_written.take()
     }
 
     /// Waits until the client has used up its budget of resets.
@@ -77,45 +91,83 @@ impl Connection {
     }
 }
 
-/// The reading half of a connection's socket, in turns.
+/// The reading half of a connection's socket, which gives [`TURN`] bytes in each turn.
 #[derive(Debug)]
 pub struct Turns<R> {
-    inner: R,
+    inner: Take<R>,
     connection: Rc<Connection>,
-    /// Bytes that may still be read in this turn.
-    left: usize,
+    /// The turn that `inner` has its limit for.
+    turn: u64,
 }
 
-impl<R> Turns<R> {
+impl<R: AsyncRead> Turns<R> {
     pub fn new(inner: R, connection: Rc<Connection>) -> Self {
-        Turns { inner, connection, left: TURN }
-    }
-
-    fn next_turn(&mut self) {
-        self.left = TURN;
-        self.connection.turn.set(self.connection.turn.get() + 1);
+        Turns { inner: inner.take(TURN), turn: connection.turn.get(), connection }
     }
 }
 
 impl<R: AsyncRead + Unpin> AsyncRead for Turns<R> {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        if self.left == 0 {
-            self.next_turn();
+    fn poll_read(mut self: Pin<&mut Self>, cx: &mut Context<'_>, buffer: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        let turn = self.connection.turn.get();
+        if turn != self.turn {
+            self.turn = turn;
+            self.inner.set_limit(TURN);
+        }
+        if self.inner.limit() == 0 {
+            // The turn is over; the next one begins when the connection's task is polled again.
             cx.waker().wake_by_ref();
             return Poll::Pending;
         }
-        let before = buffer.filled().len();
-        let read = Pin::new(&mut self.inner).poll_read(cx, buffer);
-        if read.is_pending() {
-            self.next_turn();
-        } else {
-            self.left = self.left.saturating_sub(buffer.filled().len() - before);
+        Pin::new(&mut self.inner).poll_read(cx, buffer)
+    }
+}
+
+/// The writing half of a connection's socket, which notes that the client reads.
+#[derive(Debug)]
+pub struct Written<W> {
+    inner: W,
+    connection: Rc<Connection>,
+}
+
+impl<W> Written<W> {
+    pub fn new(inner: W, connection: Rc<Connection>) -> Self {
+        Written { inner, connection }
+    }
+
+    fn note(&self, written: &Poll<io::Result<usize>>) {
+        if matches!(written, Poll::Ready(Ok(1..))) {
+            self.connection.has_written.set(true);
         }
-        read
+    }
+}
+
+impl<W: AsyncWrite + Unpin> AsyncWrite for Written<W> {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.inner).poll_write(cx, bytes);
+        self.note(&written);
+        written
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        let written = Pin::new(&mut self.inner).poll_write_vectored(cx, slices);
+        self.note(&written);
+        written
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.inner.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.inner).poll_shutdown(cx)
     }
 }
 
@@ -202,20 +254,24 @@ mod tests {
     }
 
     #[test]
-    fn a_turn_ends_when_its_bytes_are_read_or_there_are_none() {
+    fn a_turn_has_its_bytes_and_no_more() {
         let mut cx = Context::from_waker(std::task::Waker::noop());
         let connection = Connection::new(([127, 0, 0, 1], 1).into(), 1);
-        let bytes = vec![0; TURN + 10];
+        let bytes = vec![0; 2 * TURN as usize + 10];
         let mut turns = Turns::new(&bytes[..], connection.clone());
-        let mut space = vec![0; TURN];
+        let mut space = vec![0; bytes.len()];
         let mut read = |len: usize| {
             let mut buffer = ReadBuf::new(&mut space[..len]);
             let poll = Pin::new(&mut turns).poll_read(&mut cx, &mut buffer);
-            (poll.is_ready().then_some(buffer.filled().len()), connection.turn.get())
+            poll.is_ready().then_some(buffer.filled().len() as u64)
         };
-        assert_eq!(read(10), (Some(10), 0));
-        assert_eq!(read(TURN - 10), (Some(TURN - 10), 0));
-        assert_eq!(read(10), (None, 1), "the turn is over");
-        assert_eq!(read(100), (Some(10), 1));
+        assert_eq!(read(10), Some(10));
+        assert_eq!(read(bytes.len()), Some(TURN - 10), "no more than the turn has, whatever the buffer takes");
+        assert_eq!((read(10), read(10)), (None, None), "the turn is over");
+        connection.begin_turn();
+        assert_eq!(read(bytes.len()), Some(TURN));
+        assert_eq!(read(10), None);
+        connection.begin_turn();
+        assert_eq!((read(100), read(100)), (Some(10), Some(0)), "the end is no end of a turn");
     }
 }

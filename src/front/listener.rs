@@ -5,9 +5,10 @@
 //! nothing is shown out, and there is a limit to connections.
 
 use std::{
-    future::ready,
+    future::{poll_fn, ready},
     io::{self, Cursor},
     net::{Shutdown, SocketAddr, TcpListener},
+    pin::Pin,
     rc::Rc,
     sync::Arc,
     time::{Duration, Instant},
@@ -26,7 +27,7 @@ use tokio::{
 use tonic::service::Routes;
 
 use super::{
-    connection::{Connection, MAX_UNSEEN_RESETS, Turns},
+    connection::{Connection, MAX_UNSEEN_RESETS, Turns, Written},
     hub::Hub,
     service::answer,
 };
@@ -148,7 +149,8 @@ async fn serve(mut stream: TcpStream, shared: Rc<Connection>, hub: Rc<Hub>, rout
         return;
     }
     let (read, write) = stream.into_split();
-    let stream = join(Turns::new(Cursor::new(preface).chain(read), shared.clone()), write);
+    let read = Turns::new(Cursor::new(preface).chain(read), shared.clone());
+    let stream = join(read, Written::new(write, shared.clone()));
     // A clone is in each request that is answered and each response that is sent.
     let open = Rc::new(());
     let service = {
@@ -169,7 +171,7 @@ async fn serve(mut stream: TcpStream, shared: Rc<Connection>, hub: Rc<Hub>, rout
         .auto_date_header(false);
     let mut connection = std::pin::pin!(connection.serve_connection(TokioIo::new(stream), service));
     let ended = tokio::select! {
-        ended = connection.as_mut() => ended,
+        ended = in_turns(&shared, connection.as_mut()) => ended,
         () = shared.flooded() => {
             let peer = shared.peer;
             tracing::warn!(%peer, "closed a connection whose client resets streams as soon as it opens them (--max-resets)");
@@ -180,9 +182,10 @@ async fn serve(mut stream: TcpStream, shared: Rc<Connection>, hub: Rc<Hub>, rout
             connection.as_mut().graceful_shutdown();
             loop {
                 tokio::select! {
-                    ended = connection.as_mut() => break ended,
-                    // The GOAWAY waits for the client, which may be stopped: not for ever if nothing is under way.
-                    () = sleep(LINGER) => if Rc::strong_count(&open) <= idle { break Ok(()) },
+                    ended = in_turns(&shared, connection.as_mut()) => break ended,
+                    // The GOAWAY waits for the client, which may be stopped: not for ever if nothing is under way. A client that
+                    // reads slowly gets what HTTP/2 still holds of its answers.
+                    () = sleep(LINGER) => if Rc::strong_count(&open) <= idle && !shared.take_written() { break Ok(()) },
                 }
             }
         }
@@ -190,4 +193,12 @@ async fn serve(mut stream: TcpStream, shared: Rc<Connection>, hub: Rc<Hub>, rout
     if let Err(error) = ended {
         tracing::debug!(%error, "a connection broke");
     }
+}
+
+/// Polls the connection's task, a turn each time.
+fn in_turns<F: Future>(shared: &Connection, mut connection: Pin<&mut F>) -> impl Future<Output = F::Output> {
+    poll_fn(move |cx| {
+        shared.begin_turn();
+        connection.as_mut().poll(cx)
+    })
 }

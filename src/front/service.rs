@@ -22,6 +22,7 @@ use http_body::{Body, Frame, SizeHint};
 use http_body_util::BodyExt;
 use hyper::body::Incoming;
 use prost::Message;
+use tokio::task::yield_now;
 use tonic::{Status, service::Routes};
 use tonic_health::server::HealthReporter;
 use tower::Service;
@@ -134,7 +135,7 @@ pub async fn answer(
     let request = request.map(RequestBody::new);
     let size = metadata_size(request.headers());
     if size > MAX_METADATA {
-        return Ok(failed(&Refusal::large_metadata(size, MAX_METADATA), exchange));
+        return Ok(failed(&Refusal::large_metadata(size, MAX_METADATA), exchange).await);
     }
     let path = request.uri().path().strip_prefix("/forkring.v1.").and_then(|path| path.split_once('/'));
     let Some((service @ ("Dispatcher" | "Admin"), method)) = path else {
@@ -143,6 +144,8 @@ pub async fn answer(
         let is_broken = Arc::new(AtomicBool::new(false));
         let request = request.map(|body| Watched { body, is_broken: is_broken.clone() });
         let response = routes.call(request).await?;
+        // See `failed`.
+        yield_now().await;
         if is_broken.load(Relaxed) {
             exchange.lose();
         }
@@ -152,15 +155,16 @@ pub async fn answer(
     if !request.headers().get(CONTENT_TYPE).is_some_and(is_grpc) {
         let mut response = Response::new(tonic_body(tonic::body::Body::empty(), exchange));
         *response.status_mut() = StatusCode::UNSUPPORTED_MEDIA_TYPE;
+        yield_now().await;
         return Ok(response);
     }
     let deadline = match check_headers(request.headers()) {
         Ok(deadline) => deadline,
-        Err(refusal) => return Ok(failed(&refusal, exchange)),
+        Err(refusal) => return Ok(failed(&refusal, exchange).await),
     };
     // The connection is about to be told; what is offered now might not be waited for.
     if hub.is_draining() && method != "GetUpdates" {
-        return Ok(failed(&Refusal::draining(), exchange));
+        return Ok(failed(&Refusal::draining(), exchange).await);
     }
     let answer = match (service, method) {
         ("Dispatcher", "Call") => call(hub, request.into_body(), deadline, &exchange).await.map(Kind::Unary),
@@ -182,7 +186,7 @@ pub async fn answer(
             if refusal.is_late() {
                 left_to_client(deadline).await;
             }
-            failed(&refusal, exchange)
+            failed(&refusal, exchange).await
         }
     })
 }
@@ -235,7 +239,11 @@ fn metadata_size(headers: &HeaderMap) -> usize {
 }
 
 /// A response that is all trailers. It says what compression is understood, in case that was the reason: none.
-fn failed(refusal: &Refusal, exchange: Exchange) -> Response<FrontBody> {
+///
+/// hyper looks whether the client has reset the stream only while it waits for the response. A refusal is ready at once, so it
+/// lets hyper look before: else refusing a flood of resets would count as answering it.
+async fn failed(refusal: &Refusal, exchange: Exchange) -> Response<FrontBody> {
+    yield_now().await;
     if refusal.is_broken() {
         exchange.lose();
     }

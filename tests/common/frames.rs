@@ -34,6 +34,8 @@ pub struct Frames {
     pub resets: Vec<(u32, u32)>,
     /// A GOAWAY has come.
     is_told: bool,
+    /// The fields of [`Frames::short_call`] are in the peer's table.
+    is_indexed: bool,
 }
 
 /// How the server ended a stream.
@@ -58,7 +60,14 @@ impl Frames {
     pub async fn connect(server: &Server) -> Self {
         let stream = TcpStream::connect(&server.addr).await.expect("a connection");
         stream.set_nodelay(true).expect("a socket");
-        let mut frames = Frames { stream, out: Vec::new(), ends: HashMap::new(), resets: Vec::new(), is_told: false };
+        let mut frames = Frames {
+            stream,
+            out: Vec::new(),
+            ends: HashMap::new(),
+            resets: Vec::new(),
+            is_told: false,
+            is_indexed: false,
+        };
         frames.out.extend(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
         frames.write(SETTINGS, 0, 0, &[]);
         frames
@@ -102,6 +111,31 @@ impl Frames {
 
     pub fn data(&mut self, stream: u32, bytes: &[u8]) {
         self.write(DATA, 0, stream, bytes);
+    }
+
+    /// Begins a call by the shortest HEADERS that there can be: after the first, its fields are in the peer's table.
+    pub fn short_call(&mut self, stream: u32) {
+        const FIELDS: [(&str, &str); 6] = [
+            (":method", "POST"),
+            (":scheme", "http"),
+            (":path", "/forkring.v1.Dispatcher/Call"),
+            (":authority", "localhost"),
+            ("te", "trailers"),
+            ("content-type", "application/grpc"),
+        ];
+        let mut block = Vec::new();
+        if std::mem::replace(&mut self.is_indexed, true) {
+            // The dynamic table begins at 62, with the latest field (RFC 7541, section 2.3.3).
+            block.extend((62..62 + FIELDS.len() as u8).rev().map(|index| 0x80 | index));
+        } else {
+            for (name, value) in FIELDS {
+                // Literal with incremental indexing.
+                block.push(0x40);
+                literal(&mut block, name);
+                literal(&mut block, value);
+            }
+        }
+        self.write(HEADERS, END_HEADERS, stream, &block);
     }
 
     /// END_STREAM in a frame of its own.
@@ -181,8 +215,35 @@ impl Frames {
         self.is_told
     }
 
-    /// The next frame; `None` if the server has closed the connection.
+    /// How the server ended a stream, if it has.
+    pub fn end_if_known(&self, stream: u32) -> Option<End> {
+        self.ends.get(&stream).copied()
+    }
+
+    /// The next frame, if its beginning is there.
+    pub async fn read_at_once(&mut self) -> Option<Frame> {
+        let mut first = [0];
+        let peeked = tokio::select! {
+            biased;
+            peeked = self.stream.peek(&mut first) => peeked.expect("an open connection"),
+            () = std::future::ready(()) => return None,
+        };
+        assert_ne!(peeked, 0, "the server has closed the connection");
+        self.read_without_credit().await
+    }
+
+    /// The next frame; `None` if the server has closed the connection. The server may send as much again.
     pub async fn read(&mut self) -> Option<Frame> {
+        let frame = self.read_without_credit().await?;
+        // The connection's window, which the tests would use up otherwise.
+        if frame.kind == DATA && !frame.payload.is_empty() {
+            self.window_update(0, frame.payload.len() as u32);
+        }
+        Some(frame)
+    }
+
+    /// The same, but the server may not send more for it.
+    pub async fn read_without_credit(&mut self) -> Option<Frame> {
         if !self.out.is_empty() {
             let out = std::mem::take(&mut self.out);
             soon("the server to read", self.stream.write_all(&out)).await.ok()?;
@@ -196,16 +257,7 @@ impl Frames {
         let frame = Frame { kind: head[3], flags: head[4], stream, payload };
         match frame.kind {
             SETTINGS if frame.flags & ACK == 0 => self.write(SETTINGS, ACK, 0, &[]),
-            DATA => {
-                // The connection's window, which the tests would use up otherwise.
-                if len > 0 {
-                    self.window_update(0, len);
-                }
-                if frame.flags & END_STREAM != 0 {
-                    self.ends.entry(stream).or_insert(End::Answered);
-                }
-            }
-            HEADERS if frame.flags & END_STREAM != 0 => _ = self.ends.entry(stream).or_insert(End::Answered),
+            DATA | HEADERS if frame.flags & END_STREAM != 0 => _ = self.ends.entry(stream).or_insert(End::Answered),
             RST_STREAM => {
                 let code = frame.payload.first_chunk().map_or(0, |code| u32::from_be_bytes(*code));
                 self.resets.push((stream, code));
