@@ -690,7 +690,7 @@ impl Supervisor {
     }
 
     /// Notes that a worker died of its items. Returns the delay before the next start if it is the pool's handler that is to
-    /// blame; then all of the pool's workers are failing.
+    /// blame; then the pool's seats are failing in which no worker stays up.
     fn suspect(&mut self, slot: Slot, swept: &Swept, now: Instant) -> Option<Duration> {
         let Slot::Worker(number) = slot else { return None };
         let pool = self.topology.pool_of(number)?;
@@ -700,7 +700,11 @@ impl Supervisor {
         let items: Vec<_> = swept.items.iter().map(|item| item.key).collect();
         let delay = self.suspects.get_mut(usize::from(pool))?.add(&items, completed)?;
         for at in seats {
-            self.seats[at].record.blame(now);
+            let seat = &mut self.seats[at];
+            if !seat.record.shares_blame(seat.child.is_some(), now) {
+                continue;
+            }
+            seat.record.blame(now);
             self.register(at);
         }
         Some(delay)

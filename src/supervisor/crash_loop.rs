@@ -7,7 +7,8 @@
 //! - A worker that died before it took its first item, within [`SETTLED`] of its start, died of its start. After each
 //!   such death in a row the seat's next start is delayed more, and after [`FAILING`] of them the seat is failing.
 //! - When workers of a pool died of [`DIFFERENT_ITEMS`] different items and the pool completed none in between, the
-//!   handler is to blame. Then every worker of the pool is failing, and each further death delays the next start more.
+//!   handler is to blame. Then every seat of the pool is failing whose worker died of an item and has no successor that has
+//!   stayed up, and each further death delays the next start more. Workers that are up and busy with long items stay live.
 //! - A pool whose workers are all failing is NOT_SERVING. It serves again, by itself, when one of them has stayed up for
 //!   [`SETTLED`]. Either change is logged once, with the kind of death.
 //!
@@ -76,6 +77,8 @@ pub struct Record {
     /// When the present process attached; none, if it has not, as while a program still imports what it needs.
     arrived: Option<Instant>,
     quick_deaths: u32,
+    /// Whether the process before died of an item.
+    died_of_item: bool,
     /// When the handler of the seat's pool was blamed last.
     blamed: Option<Instant>,
 }
@@ -83,7 +86,7 @@ pub struct Record {
 impl Record {
     /// Returns the record of a seat that never had a process.
     pub fn new() -> Self {
-        Record { arrived: None, quick_deaths: 0, blamed: None }
+        Record { arrived: None, quick_deaths: 0, died_of_item: false, blamed: None }
     }
 
     /// A process was started.
@@ -110,8 +113,16 @@ impl Record {
             Use::Unused if !stayed => DiedOf::Start,
             Use::Unused | Use::Idle => DiedOf::Other,
         };
+        self.died_of_item = died_of == DiedOf::Item;
         self.quick_deaths = if died_of == DiedOf::Start { self.quick_deaths.saturating_add(1) } else { 0 };
         (died_of, backoff(self.quick_deaths))
+    }
+
+    /// Returns whether the seat is failing if the handler of its pool is to blame for deaths. It is not if a living process is
+    /// in it that has stayed up, or that has attached and whose predecessor did not die of an item.
+    pub fn shares_blame(&self, has_process: bool, now: Instant) -> bool {
+        let has_stayed_up = self.settles_at().is_some_and(|due| due <= now);
+        !has_process || !self.has_arrived() || self.died_of_item && !has_stayed_up
     }
 
     /// Notes that the handler of its pool is to blame for deaths.
@@ -308,6 +319,33 @@ mod tests {
         assert_eq!(suspects.add(&[key(1)], 0), None);
         assert_eq!(suspects.add(&[same_record], 0), None);
         assert_eq!(suspects.add(&[key(2)], 0), Some(BACKOFF), "it begins anew");
+    }
+
+    #[test]
+    fn a_handler_is_blamed_only_in_seats_without_a_worker_that_stays_up() {
+        let begin = Instant::now();
+        // What the process before did when it died, if there was one; whether there is a process; for how long it has been
+        // up, if it has attached.
+        for (before, has_process, up, shares_blame) in [
+            (Some(Use::AtWork), false, Some(10 * SETTLED), true),
+            (None, true, None, true),
+            (Some(Use::AtWork), true, None, true),
+            (Some(Use::AtWork), true, Some(SETTLED / 2), true),
+            (Some(Use::AtWork), true, Some(SETTLED), false),
+            (Some(Use::Idle), true, Some(Duration::ZERO), false),
+            (None, true, Some(Duration::ZERO), false),
+            (None, true, Some(10 * SETTLED), false),
+        ] {
+            let (mut record, now) = (Record::new(), begin + up.unwrap_or_default());
+            if let Some(when) = before {
+                record.end(begin, when);
+            }
+            record.begin();
+            if up.is_some() {
+                record.arrive(begin);
+            }
+            assert_eq!(record.shares_blame(has_process, now), shares_blame, "{before:?} {has_process} {up:?}");
+        }
     }
 
     #[test]
