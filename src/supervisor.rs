@@ -57,7 +57,7 @@ use nursery::Nursery;
 use orphans::Orphans;
 use overdue::Watch;
 use reload::Reload;
-use silence::{News, PAUSE, Seen, Silence};
+use silence::{Call, News, PAUSE, Seen, Silence};
 
 pub(crate) use reload::App;
 pub use signals::Signals;
@@ -537,13 +537,19 @@ impl Supervisor {
             let Some(pool) = self.topology.pool_of(number) else { continue };
             let holds_item = holders.get(at).is_some_and(|holds| *holds);
             let is_wanted = stage == Stage::Stopping || dispatch::has_waiting(&self.segment, pool);
-            // Whoever is awake looks for items by itself. One that ends is awake, too, and may take its time.
-            let is_awake = !self.segment.idle(pool).has(at - self.seats_of(pool).start);
-            let is_rung = self.bells.worker(number).has_rung();
+            let call = Call {
+                is_wanted,
+                has_arrived: seat.record.has_arrived(),
+                is_rung: self.bells.worker(number).has_rung(),
+                is_asleep: self.segment.idle(pool).has(at - self.seats_of(pool).start),
+                is_serving: stage == Stage::Serving,
+                is_retiring: seat.is_retiring,
+            };
             let seen = Seen {
                 pid: child.pid(),
-                // A program that has not attached yet hears no bell.
-                is_called: is_wanted && seat.record.has_arrived() && (is_rung || is_awake && stage == Stage::Serving),
+                is_called: call.is_called(),
+                is_rung: call.is_rung,
+                is_asleep: call.is_asleep,
                 holds_item,
                 completed: self.segment.returned(number),
             };

@@ -1,4 +1,4 @@
-//! Workers that do not respond: those that items wait for, that hold none, and that do not come.
+//! Detects workers that hold no item and do not take one that waits.
 //!
 //! A worker that was stopped, frozen or swapped out while it was idle is still the one that is rung for the next item. The
 //! front wakes the next worker of the pool after a few milliseconds, so the item does not wait if there is another. This
@@ -9,7 +9,8 @@
 //! - A worker is called silent only after two looks, [`PAUSE`] apart, have seen the same: an item waits, the worker's bell
 //!   has been rung and not read or it was not asleep, it holds no item, and it has completed none in between. A worker that is
 //!   merely busy holds an item or completes some.
-//! - It is told once, until it has been seen to respond.
+//! - It is told once, until it has been seen to respond: it has read its bell, gone to sleep, taken an item or completed one.
+//!   That no item waits any more says nothing about it.
 //! - While nothing waits nobody looks: the front asks for a look when an item has waited for a second, and a drain
 //!   looks at its workers by itself.
 //!
@@ -28,11 +29,52 @@ pub const LAST_WORDS: Duration = Duration::from_secs(5);
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Seen {
     pub pid: u32,
-    /// An item waits for it, or it was told to end: its bell was rung and not read, or it is awake and need not be rung.
+    /// The worker should take an item, or end.
     pub is_called: bool,
+    /// The worker's bell was rung and it has not read the bell.
+    pub is_rung: bool,
+    /// The worker has announced that it sleeps.
+    pub is_asleep: bool,
     pub holds_item: bool,
     /// How much it has completed.
     pub completed: u64,
+}
+
+impl Seen {
+    /// Returns whether the same process has done something since the look `before`.
+    fn has_acted_since(&self, before: &Seen) -> bool {
+        self.completed != before.completed
+            || self.holds_item
+            || before.is_rung && !self.is_rung
+            || !before.is_asleep && self.is_asleep
+    }
+}
+
+/// What decides whether a worker should take an item, or end.
+#[derive(Clone, Copy, Debug)]
+pub struct Call {
+    /// Items wait in the worker's pool, or the server has told all workers to end.
+    pub is_wanted: bool,
+    /// A program that has not attached yet hears no bell.
+    pub has_arrived: bool,
+    pub is_rung: bool,
+    pub is_asleep: bool,
+    /// The server does not drain.
+    pub is_serving: bool,
+    /// The worker was told to end for another one.
+    pub is_retiring: bool,
+}
+
+impl Call {
+    /// Returns whether the worker should take an item, or end. A worker that is awake looks for items without being rung, but
+    /// in a drain it may be ending, which may take a while. A retiring worker takes no more items while the server serves.
+    pub fn is_called(self) -> bool {
+        let is_addressed = match self.is_serving {
+            true => !self.is_retiring && (self.is_rung || !self.is_asleep),
+            false => self.is_rung,
+        };
+        self.is_wanted && self.has_arrived && is_addressed
+    }
 }
 
 /// What is known of one worker.
@@ -40,9 +82,9 @@ pub struct Seen {
 pub enum Silence {
     #[default]
     Responds,
-    /// One look has seen this.
+    /// The latest look has seen this; the first look that has seen the worker like this was at that time.
     Suspect(Seen, Instant),
-    /// More looks have, and it was told.
+    /// The latest look has seen this, and it was told.
     Silent(Seen),
 }
 
@@ -61,23 +103,28 @@ impl Silence {
     pub fn look(&mut self, seen: Seen, now: Instant) -> News {
         let is_suspicious = seen.is_called && !seen.holds_item;
         match *self {
-            Silence::Silent(before) if before == seen => News::None,
-            Silence::Silent(before) => {
-                *self = Silence::Responds;
-                // Another process in the same seat has nothing to be back from.
-                if before.pid == seen.pid { News::Back } else { News::None }
+            Silence::Silent(before) if before.pid == seen.pid => {
+                if seen.has_acted_since(&before) {
+                    *self = Silence::Responds;
+                    News::Back
+                } else {
+                    *self = Silence::Silent(seen);
+                    News::None
+                }
             }
-            Silence::Suspect(before, at) if before == seen && at + PAUSE <= now => {
-                *self = Silence::Silent(seen);
-                News::Silent
-            }
-            Silence::Suspect(before, _) if before == seen => News::None,
-            _ if is_suspicious => {
-                *self = Silence::Suspect(seen, now);
-                News::None
+            Silence::Suspect(before, at)
+                if before.pid == seen.pid && is_suspicious && !seen.has_acted_since(&before) =>
+            {
+                if at + PAUSE <= now {
+                    *self = Silence::Silent(seen);
+                    News::Silent
+                } else {
+                    *self = Silence::Suspect(seen, at);
+                    News::None
+                }
             }
             _ => {
-                *self = Silence::Responds;
+                *self = if is_suspicious { Silence::Suspect(seen, now) } else { Silence::Responds };
                 News::None
             }
         }
@@ -89,7 +136,7 @@ impl Silence {
     }
 }
 
-/// Whether a worker that was told to end is killed, which holds no item and was told so long ago.
+/// Returns whether to kill a worker that holds no item, `told` after it was told to end.
 pub fn must_end(is_silent: bool, told: Duration) -> bool {
     is_silent || told >= LAST_WORDS
 }
@@ -98,7 +145,8 @@ pub fn must_end(is_silent: bool, told: Duration) -> bool {
 mod tests {
     use super::*;
 
-    const CALLED: Seen = Seen { pid: 7, is_called: true, holds_item: false, completed: 3 };
+    const CALLED: Seen =
+        Seen { pid: 7, is_called: true, is_rung: true, is_asleep: false, holds_item: false, completed: 3 };
 
     #[test]
     fn only_a_worker_that_two_looks_find_unchanged_is_silent() {
@@ -136,6 +184,58 @@ mod tests {
         let again = Seen { completed: 4, ..CALLED };
         assert_eq!([again; 3].map(&mut look), [News::None, News::Silent, News::None]);
         assert_eq!(look(Seen { pid: 8, ..again }), News::None, "another process");
+    }
+
+    #[test]
+    fn only_an_act_of_a_silent_worker_shows_that_it_responds() {
+        let awake = Seen { is_rung: false, ..CALLED };
+        for (before, seen, news) in [
+            (CALLED, CALLED, News::None),
+            (CALLED, Seen { is_called: false, ..CALLED }, News::None),
+            (awake, CALLED, News::None),
+            (awake, Seen { is_called: false, ..awake }, News::None),
+            (CALLED, Seen { pid: 8, ..CALLED }, News::None),
+            (CALLED, Seen { completed: 4, ..CALLED }, News::Back),
+            (CALLED, Seen { holds_item: true, ..CALLED }, News::Back),
+            (CALLED, Seen { is_rung: false, ..CALLED }, News::Back),
+            (CALLED, Seen { is_called: false, is_rung: false, ..CALLED }, News::Back),
+            (awake, Seen { is_called: false, is_asleep: true, ..awake }, News::Back),
+        ] {
+            let (mut silence, now) = (Silence::Silent(before), Instant::now());
+            assert_eq!(silence.look(seen, now), news, "{before:?} {seen:?}");
+            let stays = news == News::None && before.pid == seen.pid;
+            assert_eq!(silence.is_silent(), stays, "{before:?} {seen:?}");
+            // It is not told again until the worker has responded.
+            if stays {
+                assert_eq!(silence.look(CALLED, now + PAUSE), News::None, "{before:?} {seen:?}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_retiring_worker_need_not_take_an_item_while_the_server_serves() {
+        let all = Call {
+            is_wanted: true,
+            has_arrived: true,
+            is_rung: true,
+            is_asleep: false,
+            is_serving: true,
+            is_retiring: false,
+        };
+        for (call, is_called) in [
+            (all, true),
+            (Call { is_wanted: false, ..all }, false),
+            (Call { has_arrived: false, ..all }, false),
+            (Call { is_rung: false, ..all }, true),
+            (Call { is_rung: false, is_asleep: true, ..all }, false),
+            (Call { is_retiring: true, ..all }, false),
+            (Call { is_retiring: true, is_rung: false, ..all }, false),
+            (Call { is_serving: false, ..all }, true),
+            (Call { is_serving: false, is_rung: false, ..all }, false),
+            (Call { is_serving: false, is_retiring: true, ..all }, true),
+        ] {
+            assert_eq!(call.is_called(), is_called, "{call:?}");
+        }
     }
 
     #[test]
