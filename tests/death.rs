@@ -349,6 +349,28 @@ fn a_worker_that_does_not_respond_is_named_once_while_items_wait_for_it() {
 }
 
 #[test]
+fn the_next_front_tells_of_a_stopped_worker_for_which_items_were_left() {
+    run(async {
+        let server = Server::serve(&["--pool", "echo=echo"]).await;
+        let client = server.client().await;
+        assert_serves(&client, "echo").await;
+        let stopped = server.child("w0").await;
+        signal(stopped, Signal::SIGSTOP);
+        let item = WorkItem::new("echo", "x").with_id(1);
+        soon("a receipt", client.submit(tokio_stream::iter([item]))).await.expect("a receipt");
+        // The front has not asked for a look yet: it does so after a second.
+        let front = server.child("front").await;
+        signal(front, Signal::SIGKILL);
+        server.successor("front", front).await;
+        server.logged(&format!("worker 0 (pool \"echo\", pid {stopped}) does not respond")).await;
+        signal(stopped, Signal::SIGCONT);
+        let updates = until_connected(&server).await.updates("", 1).await.expect("a stream");
+        assert_eq!(collect(updates).await.into_keys().collect::<Vec<_>>(), [1]);
+        server.drain().await;
+    });
+}
+
+#[test]
 fn an_item_does_not_wait_for_a_stopped_worker_however_busy_the_front_is() {
     run(async {
         let server = Server::serve(&["--pool", "echo:2=echo", "--pool", "other=echo"]).await;

@@ -137,9 +137,9 @@ pub struct Hub {
     pub released: Arc<Released>,
     /// Wakes the collector.
     pub notify: Arc<Notify>,
-    /// Told when an item may wait from now on, if somebody waits for that.
+    /// Notified when an item may wait for a worker from now on.
     waits: Notify,
-    /// Nobody does.
+    /// The task `waiting` looks after items that wait, and need not be notified.
     is_watched: Cell<bool>,
     /// Told of each collection.
     pub progress: Notify,
@@ -205,6 +205,10 @@ impl Hub {
             stream_items: (items / STREAM_SHARE).max(1),
             front: RefCell::new(front),
         };
+        if !adopted.is_empty() {
+            // The front before may have died before it asked the supervisor to look at workers that do not respond.
+            hub.watch_waiting();
+        }
         for Adopted { index, subscription, deadline } in adopted {
             let subscription = hub.subscription(&String::from_utf8_lossy(&subscription));
             hub.own_submitted(index, subscription);
@@ -325,14 +329,14 @@ impl Hub {
         Ok(index)
     }
 
-    /// An item may wait from now on: `waiting` looks after it.
+    /// Notes that an item may wait for a worker from now on, so that the task `waiting` looks after it.
     pub fn watch_waiting(&self) {
         if !self.is_watched.replace(true) {
             self.waits.notify_one();
         }
     }
 
-    /// Waits for that.
+    /// Completes when an item may wait for a worker.
     pub async fn something_may_wait(&self) {
         self.is_watched.set(false);
         self.waits.notified().await;
