@@ -129,7 +129,7 @@ pub struct Place {
     cpus: Vec<u16>,
     /// Workers of the pools before this one.
     first_slot: u16,
-    /// Workers of those of them that the same CPUs are dealt out to.
+    /// The number of workers in earlier pools with the same affinity.
     first_cpu: u16,
 }
 

@@ -38,7 +38,7 @@ pub struct Death {
     pub pid: u32,
     /// How it ended.
     pub status: ExitStatus,
-    /// The same in words.
+    /// The exit status in words, as the log has it.
     pub cause: String,
     /// What becomes of an item that it had as the last of all.
     pub failure: Failure,

@@ -17,7 +17,7 @@ use crate::{
 /// What a sweep found: the items that the dead worker held.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Swept {
-    /// Them, in the order of the item table.
+    /// The dead worker's items, in the order of the item table.
     pub items: Vec<SweptItem>,
 }
 
