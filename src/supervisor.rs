@@ -52,7 +52,7 @@ use crate::{
     segment::{Liveness, Segment, SegmentError, SegmentOwner, Slot, Stage},
 };
 use crash_loop::{DiedOf, Record, Suspects, Use, Verdicts};
-use death::{Cause, Items, Process};
+use death::{Cause, Held, Items, Process};
 use nursery::Nursery;
 use orphans::Orphans;
 use overdue::Watch;
@@ -187,6 +187,19 @@ impl Seat {
     /// When its process will have stayed up, if that is doubted.
     fn settles_at(&self) -> Option<Instant> {
         (self.child.is_some() && self.record.is_failing()).then(|| self.record.settles_at())?
+    }
+}
+
+/// Returns the words for the process in a slot of a server with these pools.
+fn process_in<'a>(topology: &Topology, pools: &'a [PoolPlan], slot: Slot, pid: u32) -> Process<'a> {
+    match slot {
+        Slot::Worker(number) => {
+            let pool = topology.pool_of(number).and_then(|pool| pools.get(usize::from(pool)));
+            Process::Worker { number, pool: pool.map_or("", |pool| &pool.name), pid }
+        }
+        Slot::Front(number) => Process::Front { number, pid },
+        // The supervisor never dies before itself.
+        Slot::Supervisor => Process::Front { number: 0, pid },
     }
 }
 
@@ -419,7 +432,16 @@ impl Supervisor {
                 self.look_for_silence(now, stage)?;
             }
             self.settle(now);
-            self.watch.enforce(now, |worker| self.seats.get(usize::from(worker))?.child.as_ref())?;
+            let (segment, topology, pools) = (&self.segment, &self.topology, &self.pools);
+            self.watch.enforce(
+                now,
+                |worker| self.seats.get(usize::from(worker))?.child.as_ref(),
+                |worker, pid| {
+                    let held = dispatch::held_by(segment, worker);
+                    let process = process_in(topology, pools, Slot::Worker(worker), pid);
+                    (process.to_string(), Held(&held).to_string())
+                },
+            )?;
 
             let next = self.seats.iter().filter_map(|seat| seat.restart_at.or_else(|| seat.settles_at()));
             let next = next.chain(self.nurseries.iter().filter_map(|nursery| nursery.restart_at));
@@ -684,15 +706,7 @@ impl Supervisor {
 
     /// Returns the words for the process in a slot.
     fn process(&self, slot: Slot, pid: u32) -> Process<'_> {
-        match slot {
-            Slot::Worker(number) => {
-                let pool = self.topology.pool_of(number).and_then(|pool| self.pools.get(usize::from(pool)));
-                Process::Worker { number, pool: pool.map_or("", |pool| &pool.name), pid }
-            }
-            Slot::Front(number) => Process::Front { number, pid },
-            // It never dies before this process.
-            Slot::Supervisor => Process::Front { number: 0, pid },
-        }
+        process_in(&self.topology, &self.pools, slot, pid)
     }
 
     /// Notes that a worker died of its items. Returns the delay before the next start if it is the pool's handler that is to

@@ -70,7 +70,9 @@ fn an_item_that_takes_too_long_is_tried_again_and_then_fails() {
         until("their end", || pids.iter().all(|pid| !is_alive(*pid)).then_some(())).await;
         server.family(2).await;
         let log = server.drain().await;
-        assert_eq!(log.matches("takes too long for its item").count(), 2, "{log}");
+        assert_eq!(log.matches(") takes too long for its item 1: it is told to end").count(), 2, "{log}");
+        let line = log.lines().find(|line| line.contains("takes too long")).expect("a line about the item");
+        assert!(line.contains("(pool \"hold\", pid "), "{line}");
         assert_eq!(log.matches(") died: ended after --item-timeout").count(), 2, "{log}");
         assert!(!log.contains("SIGKILL"), "it would read like the OOM killer\n{log}");
     });

@@ -16,7 +16,7 @@
 //! But it is never failed for that, however many attempts it had: its worker was killed, not by it. One that is a dead letter
 //! had its attempts before; the supervisor that filed it died before it could complete it.
 
-use std::io;
+use std::{io, sync::atomic::Ordering::Relaxed};
 
 use tonic::Code;
 
@@ -70,6 +70,16 @@ pub fn holders(segment: &Segment) -> Vec<bool> {
         }
     }
     holders
+}
+
+/// Returns the clients' ids of the items that a worker holds.
+pub fn held_by(segment: &Segment, worker: u16) -> Vec<u64> {
+    let records = (0..segment.geometry().items).map(|index| segment.item(index));
+    let held = records.filter(|record| {
+        let word = Word::load(&record.word);
+        word.phase() == Phase::Claimed && word.owner() == worker
+    });
+    held.map(|record| record.id.load(Relaxed)).collect()
 }
 
 /// Makes a dead server's segment ready, before anybody is forked.

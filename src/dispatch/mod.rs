@@ -39,7 +39,7 @@ mod waiting;
 mod word;
 mod worker;
 
-pub use adopt::{Left, adopt, holders, unanswered};
+pub use adopt::{Left, adopt, held_by, holders, unanswered};
 pub use failure::Failure;
 pub(crate) use failure::POOL_FAILING;
 pub use front::{Adopted, Broken, Completion, Front, Outcome, Partial};

@@ -98,6 +98,26 @@ impl fmt::Display for Items<'_> {
     }
 }
 
+/// The items that a living worker holds, by the ids of their clients.
+pub(super) struct Held<'a>(pub &'a [u64]);
+
+impl fmt::Display for Held<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.0 {
+            [] => write!(f, "item"),
+            [id] => write!(f, "item {id}"),
+            [first, others @ ..] => {
+                write!(f, "item, one of {first}")?;
+                others.iter().take(NAMED - 1).try_for_each(|id| write!(f, ", {id}"))?;
+                match self.0.len().saturating_sub(NAMED) {
+                    0 => Ok(()),
+                    more => write!(f, " and {more} more"),
+                }
+            }
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -131,6 +151,19 @@ mod tests {
         let worker = Process::Worker { number: 3, pool: "hash", pid: 123 };
         assert_eq!(worker.to_string(), "worker 3 (pool \"hash\", pid 123)");
         assert_eq!(Process::Zygote { pool: "a", pid: 7 }.to_string(), "the zygote of pool \"a\" (pid 7)");
+    }
+
+    #[test]
+    fn a_worker_holds_an_item_or_one_of_several() {
+        for (ids, says) in [
+            (&[][..], "item"),
+            (&[17], "item 17"),
+            (&[17, 18], "item, one of 17, 18"),
+            (&[17, 18, 19], "item, one of 17, 18, 19"),
+            (&[17, 18, 19, 20, 21], "item, one of 17, 18, 19 and 2 more"),
+        ] {
+            assert_eq!(Held(ids).to_string(), says);
+        }
     }
 
     #[test]

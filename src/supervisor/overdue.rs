@@ -257,20 +257,22 @@ impl Watch {
         self.watched().filter_map(|watched| watched.order.as_ref()?.kill_at).min()
     }
 
-    /// Tells workers that are over their time to end, and ends those that have been told.
-    pub fn enforce<'c>(&mut self, now: Instant, child: impl Fn(u16) -> Option<&'c Child>) -> io::Result<()> {
+    /// Tells workers that are over their time to end, and ends those that have been told. `describe` returns the words of the
+    /// log for the worker with a number and a pid, and for the items that it holds.
+    pub fn enforce<'c>(
+        &mut self,
+        now: Instant,
+        child: impl Fn(u16) -> Option<&'c Child>,
+        describe: impl Fn(u16, u32) -> (String, String),
+    ) -> io::Result<()> {
         for (number, watched) in self.workers.iter_mut().enumerate() {
             let (Some(watched), Some(child)) = (watched, child(number as u16)) else { continue };
             let limit = watched.timer.limit;
             match &mut watched.order {
                 None => {
                     let Some(setting) = watched.timer.expired() else { continue };
-                    tracing::warn!(
-                        worker = number,
-                        pid = child.pid(),
-                        item_timeout = ?limit,
-                        "a worker takes too long for its item: it is told to end"
-                    );
+                    let (process, item) = describe(number as u16, child.pid());
+                    tracing::warn!(item_timeout = ?limit, "{process} takes too long for its {item}: it is told to end");
                     child.signal(Signal::TERM)?;
                     watched.order = Some(Order { setting, kill_at: Some(now + GRACE.min(limit)) });
                 }
@@ -279,7 +281,8 @@ impl Watch {
                         child.signal(Signal::KILL)?;
                         order.kill_at = None;
                     } else {
-                        tracing::info!(worker = number, pid = child.pid(), "a worker ended its item after all");
+                        let (process, _) = describe(number as u16, child.pid());
+                        tracing::info!("{process} ended its item after all");
                         watched.order = None;
                     }
                 }
@@ -323,6 +326,10 @@ mod tests {
         (process, child)
     }
 
+    fn no_words(_: u16, _: u32) -> (String, String) {
+        Default::default()
+    }
+
     /// A worker's item that began with this number has been in work for too long.
     fn overstay(watch: &Watch, number: u32) {
         let timer = watch.timer(0).unwrap();
@@ -337,18 +344,18 @@ mod tests {
         let now = Instant::now();
         let (mut told, first) = process();
         let (mut ended, second) = process();
-        watch.enforce(now, |_| Some(&first)).unwrap();
+        watch.enforce(now, |_| Some(&first), no_words).unwrap();
         assert_eq!((watch.fds().count(), watch.due()), (1, None), "nobody works");
         assert!(watch.bury(0).is_none(), "who dies then dies of something else");
 
         overstay(&watch, 1);
-        watch.enforce(now, |_| Some(&first)).unwrap();
+        watch.enforce(now, |_| Some(&first), no_words).unwrap();
         assert_eq!(told.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
         let due = now + LIMIT;
         assert_eq!((watch.fds().count(), watch.due()), (0, Some(due)));
-        watch.enforce(due - Duration::from_nanos(1), |_| Some(&second)).unwrap();
+        watch.enforce(due - Duration::from_nanos(1), |_| Some(&second), no_words).unwrap();
         assert_eq!(watch.due(), Some(due));
-        watch.enforce(due, |_| Some(&second)).unwrap();
+        watch.enforce(due, |_| Some(&second), no_words).unwrap();
         assert_eq!(ended.wait().unwrap().signal(), Some(Signal::KILL.as_raw()));
         assert_eq!((watch.fds().count(), watch.due()), (0, None), "once");
 
@@ -364,17 +371,17 @@ mod tests {
         let now = Instant::now();
         for number in [1, 3] {
             overstay(&watch, number);
-            watch.enforce(now, |_| Some(&child)).unwrap();
+            watch.enforce(now, |_| Some(&child), no_words).unwrap();
             match number {
                 // Another item, which is over its time as well.
                 1 => overstay(&watch, 2),
                 _ => watch.timer(0).unwrap().clear(),
             }
-            watch.enforce(now + LIMIT, |_| Some(&child)).unwrap();
+            watch.enforce(now + LIMIT, |_| Some(&child), no_words).unwrap();
             assert_eq!((watch.fds().count(), watch.due()), (1, None));
         }
         overstay(&watch, 4);
-        watch.enforce(now, |_| Some(&child)).unwrap();
+        watch.enforce(now, |_| Some(&child), no_words).unwrap();
         watch.timer(0).unwrap().clear();
         assert!(watch.bury(0).is_none(), "it died of something else");
         assert_eq!(process.wait().unwrap().signal(), Some(Signal::TERM.as_raw()));
