@@ -592,6 +592,10 @@ impl Supervisor {
                 (Stage::Draining | Stage::Stopping, _)
                     if !holds_item && silence::must_end(is_silent, told) && is_wanted =>
                 {
+                    // The worker may have taken an item since `holders` was made.
+                    if !dispatch::held_by(&self.segment, number).is_empty() {
+                        continue;
+                    }
                     tracing::warn!(
                         "{process} holds no item and does not end: it is killed, and nothing is lost by that"
                     );
