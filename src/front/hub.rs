@@ -624,3 +624,57 @@ pub async fn until(deadline: u64) {
 pub fn deadline_after(now: u64, timeout: Duration) -> u64 {
     now.saturating_add(u64::try_from(timeout.as_nanos()).unwrap_or(u64::MAX)).max(1)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        pin::pin,
+        task::{Context, Poll},
+    };
+
+    use super::*;
+    use crate::{
+        dispatch::{Bells, Topology},
+        segment::{Geometry, Segment, SegmentOwner, Slot},
+    };
+
+    #[test]
+    fn a_front_watches_over_the_items_that_it_takes_over() {
+        let geometry = Geometry {
+            items: 4,
+            fronts: 1,
+            workers: 1,
+            pools: 1,
+            request_bytes: 4096,
+            result_bytes: 4096,
+            letter_bytes: 0,
+        };
+        let name = format!("unit-hub-{}", std::process::id());
+        let owner = SegmentOwner::create(&name, geometry).unwrap();
+        let (topology, bells) = (Topology::new([1]), Bells::new(1, 1).unwrap());
+        for adopts in [false, true] {
+            let attach = || {
+                let segment = Segment::attach(owner.object(), &name, Slot::Front(0)).unwrap();
+                Front::attach(Box::leak(Box::new(segment)), topology.clone(), bells.clone(), 0)
+            };
+            if adopts {
+                let offer = Offer {
+                    pool: 0,
+                    priority: 0,
+                    id: 1,
+                    offered: 1,
+                    deadline: 0,
+                    kind: Kind::Submit,
+                    subscription: &[],
+                    metadata: &[],
+                };
+                attach().0.offer(&offer, &mut Request::default()).unwrap();
+            }
+            let (front, adopted) = attach();
+            assert_eq!(adopted.len(), usize::from(adopts));
+            let hub = Hub::new(front, adopted, vec!["pool".to_owned()], &Config::default());
+            let waits = pin!(hub.something_may_wait()).poll(&mut Context::from_waker(Waker::noop()));
+            assert_eq!(waits, if adopts { Poll::Ready(()) } else { Poll::Pending });
+        }
+    }
+}
