@@ -141,6 +141,8 @@ struct Seat {
     is_retiring: bool,
     /// Whether the worker comes when it is rung.
     silence: Silence,
+    /// The pool's zygote dies soon after each start and has forked no worker since: without a process the seat is failing.
+    zygote_fails: bool,
     /// Its nursery was ended, perhaps before it said that the worker may begin: then the worker ends.
     may_not_begin: bool,
     /// What a worker that is a program rings when it has attached.
@@ -179,9 +181,16 @@ impl Seat {
             Some(child) if self.record.is_failing() => Liveness::Failing(child.pid()),
             Some(child) if !self.record.has_arrived() => Liveness::Starting(child.pid()),
             Some(child) => Liveness::Live(child.pid()),
-            None if self.record.is_failing() && matches!(self.slot, Slot::Worker(_)) => Liveness::Failing(0),
+            None if matches!(self.slot, Slot::Worker(_)) && (self.record.is_failing() || self.zygote_fails) => {
+                Liveness::Failing(0)
+            }
             None => Liveness::Free,
         }
+    }
+
+    /// Returns whether fronts are told not to count on it.
+    fn is_failing(&self) -> bool {
+        matches!(self.liveness(), Liveness::Failing(_))
     }
 
     /// When its process will have stayed up, if that is doubted.
@@ -270,6 +279,7 @@ impl Supervisor {
             returned: 0,
             is_retiring: false,
             silence: Silence::default(),
+            zygote_fails: false,
             may_not_begin: false,
             arrival,
         };
@@ -619,6 +629,7 @@ impl Supervisor {
             self.segment.set_liveness(seat.slot, seat.liveness());
             crash_point!("arrival.registered");
             self.ring_fronts();
+            self.acquit(at);
         }
         Ok(())
     }
@@ -752,13 +763,18 @@ impl Supervisor {
     fn judge(&mut self, slot: Slot, cause: Cause, died_of: DiedOf, delay: Duration) {
         let Slot::Worker(number) = slot else { return };
         let Some(pool) = self.topology.pool_of(number) else { return };
-        if !self.seats[self.seats_of(pool)].iter().all(|seat| seat.record.is_failing())
-            || !self.verdicts.change(pool, true)
-        {
+        if !self.seats[self.seats_of(pool)].iter().all(Seat::is_failing) || !self.verdicts.change(pool, true) {
             return;
         }
         let pool = self.pools[usize::from(pool)].name.as_str();
+        let record = &self.seats[usize::from(number)].record;
         match died_of {
+            _ if !record.is_failing() => tracing::error!(
+                pool,
+                %cause,
+                died_of = died_of.name(),
+                "the pool does not serve: its last worker died, and its zygote dies soon after it starts"
+            ),
             DiedOf::Item => tracing::error!(
                 pool,
                 %cause,
@@ -770,10 +786,40 @@ impl Supervisor {
                 pool,
                 %cause,
                 died_of = died_of.name(),
-                deaths_in_a_row = self.seats[usize::from(number)].record.quick_deaths(),
+                deaths_in_a_row = record.quick_deaths(),
                 next_try_in = ?delay,
                 "the pool does not serve: its workers die soon after they start"
             ),
+        }
+    }
+
+    /// Notes that the zygote of a pool has died, and whether it is in a crash loop: then the front refuses calls to the pool if
+    /// the pool has no workers. Says so if that is the case.
+    fn judge_zygote(&mut self, pool: u16, record: &Record, cause: Cause, delay: Duration) {
+        let (seats, fails) = (self.seats_of(pool), record.is_failing());
+        for at in seats.clone() {
+            self.seats[at].zygote_fails = fails;
+            self.register(at);
+        }
+        self.ring_fronts();
+        if fails && self.seats[seats].iter().all(Seat::is_failing) && self.verdicts.change(pool, true) {
+            tracing::error!(
+                pool = self.pools[usize::from(pool)].name,
+                %cause,
+                deaths_in_a_row = record.quick_deaths(),
+                next_try_in = ?delay,
+                "the pool does not serve: its zygote dies soon after it starts, and it has no workers"
+            );
+        }
+    }
+
+    /// Takes the verdict on a pool back if the worker that has attached in a seat is in no crash loop.
+    fn acquit(&mut self, at: usize) {
+        let seat = &self.seats[at];
+        let (Liveness::Live(_), Slot::Worker(number)) = (seat.liveness(), seat.slot) else { return };
+        let Some(pool) = self.topology.pool_of(number) else { return };
+        if self.verdicts.change(pool, false) {
+            tracing::info!(pool = self.pools[usize::from(pool)].name, "the pool serves again: a worker has started");
         }
     }
 
@@ -816,5 +862,48 @@ impl Supervisor {
             }
         }
         left
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::process::{Command, Stdio};
+
+    use super::*;
+
+    #[test]
+    fn a_seat_without_a_process_is_failing_if_its_zygote_is() {
+        let now = Instant::now();
+        let mut failing = Record::new();
+        while !failing.is_failing() {
+            failing.end(now, Use::Unused);
+        }
+        let mut process = Command::new("cat").stdin(Stdio::piped()).spawn().expect("a process");
+        let (worker, pid) = (Slot::Worker(0), process.id());
+        for (slot, record, zygote_fails, has_process, liveness) in [
+            (worker, Record::new(), false, false, Liveness::Free),
+            (worker, Record::new(), true, false, Liveness::Failing(0)),
+            (worker, failing, false, false, Liveness::Failing(0)),
+            (worker, Record::new(), true, true, Liveness::Starting(pid)),
+            (worker, failing, false, true, Liveness::Failing(pid)),
+            (Slot::Front(0), failing, false, false, Liveness::Free),
+        ] {
+            let seat = Seat {
+                slot,
+                name: String::new(),
+                child: has_process.then(|| Child::adopted(pid).expect("its parent")),
+                restart_at: None,
+                record,
+                returned: 0,
+                is_retiring: false,
+                silence: Silence::default(),
+                zygote_fails,
+                may_not_begin: false,
+                arrival: None,
+            };
+            assert_eq!(seat.liveness(), liveness, "{slot:?} {record:?} {zygote_fails}");
+            assert_eq!(seat.is_failing(), matches!(liveness, Liveness::Failing(_)));
+        }
+        process.kill().and_then(|()| process.wait()).expect("its end");
     }
 }

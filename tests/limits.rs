@@ -2,7 +2,12 @@
 
 mod common;
 
-use std::{fs, path::PathBuf, time::Duration};
+use std::{
+    fs::{self, Permissions},
+    os::unix::fs::PermissionsExt as _,
+    path::PathBuf,
+    time::Duration,
+};
 
 use common::{
     Files, Server, assert_refused, assert_serves,
@@ -455,6 +460,34 @@ fn calls_to_a_pool_in_a_crash_loop_are_refused() {
         // Submitted items are accepted and wait, and other pools serve.
         submit(&client, 1..=2, Duration::from_secs(3600)).await;
         assert_serves(&client, "hold").await;
+    });
+}
+
+#[test]
+fn calls_to_a_pool_whose_zygote_keeps_dying_are_refused() {
+    run(async {
+        let files = Files::new();
+        // An interpreter that can be asked about the handler, and that ends when it is to load it.
+        let python = files.name("python");
+        let script = "#!/bin/sh\nfor word; do [ \"$word\" = --check ] && exit 0; done\nexit 3\n";
+        fs::write(&python, script).expect("a script");
+        fs::set_permissions(&python, Permissions::from_mode(0o755)).expect("a script");
+        let pools = ["--pool", "echo=echo", "--pool", "app:2=app:handle", "--preload", "--python", &python];
+        let server = Server::serve(&pools).await;
+        let client = server.client().await;
+        // A call that comes before the pool is known to fail waits until it is.
+        let early = answer(spawn_call(&client, WorkItem::new("app", "x"))).await;
+        assert_refused(refusal(early), POOL_FAILING, "the workers of pool `app` keep dying");
+        let verdict = server.logged("the pool does not serve").await;
+        for says in
+            ["ERROR", "pool=\"app\"", "its zygote dies soon after it starts", "exit code 3", "deaths_in_a_row=5"]
+        {
+            assert!(verdict.contains(says), "`{verdict}` does not say {says}");
+        }
+        let late = answer(spawn_call(&client, WorkItem::new("app", "x"))).await;
+        assert_refused(refusal(late), POOL_FAILING, "the workers of pool `app` keep dying");
+        assert_serves(&client, "echo").await;
+        server.drain().await;
     });
 }
 

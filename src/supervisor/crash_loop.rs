@@ -72,7 +72,7 @@ impl DiedOf {
 }
 
 /// How the processes of one seat have fared.
-#[derive(Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct Record {
     /// When the present process attached; none, if it has not, as while a program still imports what it needs.
     arrived: Option<Instant>,

@@ -305,9 +305,11 @@ impl Supervisor {
         }
         let delay = nursery.record.end(Instant::now(), Use::Unused).1;
         nursery.restart_at = Some(Instant::now() + delay);
-        let pool = &self.pools[usize::from(nursery.pool)].name;
+        let (number, record) = (nursery.pool, nursery.record);
+        let pool = &self.pools[usize::from(number)].name;
         let process = death::Process::Zygote { pool, pid };
         tracing::warn!(pool, pid, restart_in = ?delay, "{process} died: {cause}; its workers live on");
+        self.judge_zygote(number, &record, cause, delay);
         Ok(())
     }
 

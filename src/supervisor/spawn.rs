@@ -143,9 +143,17 @@ impl Supervisor {
         seat.child = Some(child);
         self.segment.set_liveness(seat.slot, seat.liveness());
         crash_point!("supervisor.registered");
-        if let Slot::Worker(_) = seat.slot {
+        if let Slot::Worker(number) = seat.slot {
+            if let Some(pool) = self.topology.pool_of(number) {
+                // A zygote that has forked a worker works.
+                for at in self.seats_of(pool) {
+                    self.seats[at].zygote_fails = false;
+                    self.register(at);
+                }
+            }
             // The front computes the pools' health from the registry.
             self.ring_fronts();
+            self.acquit(at);
         }
     }
 
