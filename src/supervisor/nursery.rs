@@ -104,7 +104,7 @@ impl Nursery {
                     crash_point!("nursery.renewed");
                     self.is_renewed = true;
                 }
-                Err(error) => tracing::error!(%error, "cannot end a nursery"),
+                Err(error) => tracing::error!(%error, "cannot end a zygote"),
             },
         }
     }
@@ -172,7 +172,7 @@ impl Supervisor {
         let (ours, theirs) = match pair {
             // Of the moment, such as too few file descriptors: what was accepted must not be lost by that.
             Err(error) if self.is_open => {
-                tracing::warn!(%error, "cannot start a nursery, trying again");
+                tracing::warn!(%error, "cannot start a zygote, trying again");
                 return Ok(false);
             }
             pair => pair?,
@@ -185,7 +185,7 @@ impl Supervisor {
             let set = process::set_variables(&plan.place.constants());
             let error =
                 set.map_or_else(|error| error, |()| us.become_nursery(program, pool, &name, supervisor, &theirs));
-            tracing::error!(%error, program = %program.name().display(), "cannot run a nursery");
+            tracing::error!(%error, program = %program.name().display(), "cannot run a zygote");
             EXIT_HOPELESS
         })?;
         let Some(child) = child else { return Ok(false) };
@@ -245,7 +245,7 @@ impl Supervisor {
                 Ok(Some(News::Ready)) => {
                     let nursery = &mut self.nurseries[at];
                     nursery.record.arrive(now);
-                    tracing::debug!(pool = self.pools[usize::from(nursery.pool)].name, "a nursery is ready");
+                    tracing::debug!(pool = self.pools[usize::from(nursery.pool)].name, "a zygote is ready");
                 }
                 Ok(Some(News::Born(pid))) => {
                     crash_point!("nursery.heard");
@@ -262,7 +262,7 @@ impl Supervisor {
                     let answer: &[u8] = if is_known { b"true" } else { b"false" };
                     let told = self.nurseries[at].process.as_ref().map(|process| process.socket.send(answer));
                     if let Some(Err(error)) = &told {
-                        tracing::debug!(%error, "a nursery is gone");
+                        tracing::debug!(%error, "a zygote is gone");
                     }
                     self.seats[seat].may_not_begin = self.nurseries[at].is_renewed || !matches!(told, Some(Ok(_)));
                 }
@@ -271,7 +271,7 @@ impl Supervisor {
                     self.went_wrong(seat, now, &why);
                 }
                 Err(error) => {
-                    tracing::error!(%error, "a nursery tells what nobody understands, and is ended");
+                    tracing::error!(%error, "a zygote has sent a message that cannot be understood, and is ended");
                     let child = self.nurseries[at].process.as_ref().map(|process| &process.child);
                     // Its death is seen as any other.
                     let _ = child.map(Child::kill);
@@ -318,14 +318,14 @@ impl Supervisor {
         for at in 0..self.nurseries.len() {
             let child = self.nurseries[at].process.as_ref().map(|process| &process.child);
             if let Some(Err(error)) = child.map(|child| child.kill().and_then(|()| child.peek())) {
-                tracing::error!(%error, "cannot end a nursery");
+                tracing::error!(%error, "cannot end a zygote");
             }
             crash_point!("nursery.ended");
             // Whoever was born before that is known after this.
             self.hear(at);
             let nursery = &mut self.nurseries[at];
             if let Some(Err(error)) = nursery.process.take().map(|process| process.child.reap()) {
-                tracing::error!(%error, "cannot reap a nursery");
+                tracing::error!(%error, "cannot reap a zygote");
             }
             nursery.asked.clear();
             (nursery.ordered, nursery.restart_at) = (None, None);
