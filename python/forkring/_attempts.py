@@ -83,17 +83,19 @@ class Outage:
 
     def lasts(self, error: Error) -> None:
         """Notes that the server could not be reached. After a while that is logged, once."""
-        now = time.monotonic()
-        if self._began is None:
+        # Another thread may end the outage at any moment, so `_began` is read only once.
+        now, began = time.monotonic(), self._began
+        if began is None:
             self._began, self._is_told = now, False
-        elif not self._is_told and now - self._began >= _SAYS_SO_AFTER:
+        elif not self._is_told and now - began >= _SAYS_SO_AFTER:
             self._is_told = True
             _log.warning("%s; waiting for one", error.message)
 
     def ends(self) -> None:
         """Notes that the server was reached."""
-        if self._began is not None:
-            was_told, self._began = self._is_told, None
+        began, was_told = self._began, self._is_told
+        if began is not None:
+            self._began = None
             if was_told:
                 _log.info("there is a server at %s now", self._target)
 

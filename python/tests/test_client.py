@@ -592,6 +592,27 @@ def test_when_a_call_is_tried_again(named, timeout, error, least, most):
     assert (pause is None) if least is None else least <= pause <= most
 
 
+def test_one_thread_ends_an_outage_while_another_notes_it():
+    class Ended(Outage):
+        """Loses the beginning of the outage right after the first look at it, as if another thread had ended it."""
+
+        @property
+        def _began(self):
+            began, self._kept = self._kept, None
+            return began
+
+        @_began.setter
+        def _began(self, began):
+            self._kept = began
+
+    outage = Ended("h:1")
+    for _ in range(2):
+        outage.lasts(refusal("NO_CONNECTION"))
+    outage.lasts(refusal("NO_CONNECTION"))
+    outage.ends()
+    outage.ends()
+
+
 def test_the_timeout_of_a_call_bounds_its_wait_for_a_server(make, nobody):
     with make(nobody, connect_timeout=None) as client:
         for method in METHODS.values():
