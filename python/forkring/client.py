@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from forkring import _grpc, _messages
@@ -105,7 +105,7 @@ class Client:
         while True:
             grpc, stubs = self._stubs()
             try:
-                message = stubs.call(item, timeout=attempts.left())
+                message = self._begin(stubs.call, item, attempts)
             except grpc.RpcError as failed:
                 error = self._error_of(failed)
             else:
@@ -134,7 +134,7 @@ class Client:
         attempts = self._attempts(timeout)
         grpc, stubs = self._reached(attempts)
         try:
-            receipt = receipt_of(stubs.submit(feed, timeout=attempts.left()))
+            receipt = receipt_of(self._begin(stubs.submit, feed, attempts))
         except grpc.RpcError as failed:
             error = self._error_of(failed)
             raise error from error.__cause__
@@ -149,7 +149,7 @@ class Client:
         )
         attempts = self._attempts(timeout)
         _, stubs = self._reached(attempts)
-        return Results(stubs.updates(request, timeout=attempts.left()), None, self._settings.target)
+        return Results(self._begin(stubs.updates, request, attempts), None, self._settings.target)
 
     def process(self, items: Iterable[Work | Sendable], *, timeout: float | None = None) -> Results:
         """Items in, results out, both at once; results come as they are done, match them by `id`.
@@ -160,7 +160,7 @@ class Client:
         feed = _Feed(items, self._settings.pool)
         attempts = self._attempts(timeout)
         _, stubs = self._reached(attempts)
-        return Results(stubs.process(feed, timeout=attempts.left()), feed, self._settings.target)
+        return Results(self._begin(stubs.process, feed, attempts), feed, self._settings.target)
 
     def close(self) -> None:
         """Closes this process's connection and cancels what runs on it. Other processes keep theirs."""
@@ -187,14 +187,27 @@ class Client:
     def _error_of(self, failed: Any) -> Error:
         return error_of(failed, self._settings.target)
 
+    def _begin(self, method: Callable[..., Any], request: Any, attempts: Attempts) -> Any:
+        """Invokes a method of the stubs, and raises an `Error` if another thread has closed the client meanwhile."""
+        try:
+            return method(request, timeout=attempts.left())
+        except ValueError:
+            # gRPC refuses a call on a closed channel with it.
+            if self._closed:
+                raise closed("client") from None
+            raise
+
     def _reached(self, attempts: Attempts) -> tuple[Any, _messages.Stubs]:
         """Waits until there is a server, before a stream takes items that could not be taken again."""
         while True:
             grpc, stubs = self._stubs()
             try:
-                stubs.probe(b"", timeout=attempts.left())
+                self._begin(stubs.probe, b"", attempts)
             except grpc.RpcError as failed:
                 error = self._error_of(failed)
+                # The probe also fails if another thread closes the client, and then there is no channel for the stream.
+                if self._closed:
+                    raise closed("client") from None
                 if error.reason == NO_CONNECTION:
                     pause = attempts.pause(error)
                     if pause is None:

@@ -240,12 +240,17 @@ def answer_and_break(listener):
             client, _ = listener.accept()
         except OSError:
             return
-        client.sendall(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
-        read = b""
-        # A frame of type HEADERS begins a call.
-        while b"\x01\x04\x00\x00\x00\x01" not in read and (more := client.recv(1 << 16)):
-            read += more
+        greet_until_a_call(client)
         client.close()
+
+
+def greet_until_a_call(connection):
+    """Greets a client, as HTTP/2 has it, and reads until a call has come."""
+    connection.sendall(b"\x00\x00\x00\x04\x00\x00\x00\x00\x00")
+    read = b""
+    # A frame of type HEADERS begins a call.
+    while b"\x01\x04\x00\x00\x00\x01" not in read and (more := connection.recv(1 << 16)):
+        read += more
 
 
 @pytest.fixture
@@ -369,6 +374,41 @@ def test_a_closed_client_says_so(make, server):
     for work in (lambda: client.call(b"x"), lambda: client.submit([b"x"]), lambda: next(client.updates())):
         with pytest.raises(RuntimeError, match="this client is closed: make a new one"):
             work()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_client_that_is_closed_while_a_call_begins_says_so(server, method, monkeypatch):
+    def close_after(name):
+        original = getattr(client, name)
+
+        def wrapper(*arguments):
+            result = original(*arguments)
+            client.close()
+            return result
+
+        monkeypatch.setattr(client, name, wrapper)
+
+    for name in ["_stubs"] if method == "call" else ["_stubs", "_reached"]:
+        client = Client(server.address, pool="echo")
+        close_after(name)
+        error = error_of(lambda: METHODS[method](client, timeout=PATIENCE))
+        assert (error.code, error.message) == (Code.CANCELLED, "the client was closed")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_client_that_is_closed_while_its_server_is_silent_says_so(method):
+    answers = queue.SimpleQueue()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        client = Client("127.0.0.1:%d" % listener.getsockname()[1])
+        thread = threading.Thread(target=lambda: answers.put(error_of(lambda: METHODS[method](client, timeout=PATIENCE))))
+        thread.start()
+        connection, _ = listener.accept()
+        with connection:
+            greet_until_a_call(connection)
+            client.close()
+            error = answers.get(timeout=PATIENCE)
+        thread.join(PATIENCE)
+    assert (error.code, error.message) == (Code.CANCELLED, "the client was closed")
 
 
 def test_leaving_a_stream_cancels_its_items(server, gate):
