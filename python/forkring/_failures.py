@@ -1,4 +1,4 @@
-"""What the workers of a pool could not start for, told once.
+"""Logs each distinct start-up failure of a pool's workers once.
 
 The server starts a worker that cannot start again and again, each time as a new process. What they share is a file in memory
 whose descriptor `FORKRING_WORKER_FAILURES` names. It has the digest of what the last of them said, and how many said it.
@@ -6,11 +6,13 @@ whose descriptor `FORKRING_WORKER_FAILURES` names. It has the digest of what the
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import re
+from collections.abc import Iterator
 from typing import Optional
 
 VARIABLE = "FORKRING_WORKER_FAILURES"
@@ -41,12 +43,10 @@ class Failures:
             return text
         digest = hashlib.sha256(_ADDRESS.sub("0x", text).encode("utf-8", "backslashreplace")).hexdigest()
         try:
-            # It ends with the process, however that ends.
-            fcntl.lockf(self._file, fcntl.LOCK_EX)
-            before, count = self._record()
-            count = count + 1 if before == digest else 1
-            self._write(json.dumps([digest, count]).encode())
-            fcntl.lockf(self._file, fcntl.LOCK_UN)
+            with self._locked():
+                before, count = self._record()
+                count = count + 1 if before == digest else 1
+                self._write(json.dumps([digest, count]).encode())
         except OSError:
             return text
         if count == 1:
@@ -57,9 +57,20 @@ class Failures:
         """Notes that a worker has started: the next failure is news."""
         if self._file is not None:
             try:
-                self._write(b"")
+                with self._locked():
+                    self._write(b"")
             except OSError:
                 pass
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Keeps the other workers of the pool from the record. The kernel also unlocks it when the process ends."""
+        assert self._file is not None
+        fcntl.lockf(self._file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN)
 
     def _record(self) -> tuple[str, int]:
         assert self._file is not None

@@ -3,8 +3,12 @@
 import json
 import os
 import pickle
+import re
+import subprocess
 import sys
 import textwrap
+import threading
+from pathlib import Path
 
 import grpc
 import harness
@@ -15,6 +19,7 @@ from harness import error_of
 from serving import FORKRING, run, until
 
 import forkring
+from forkring._failures import Failures
 
 
 @pytest.fixture
@@ -234,6 +239,26 @@ def test_what_a_pool_fails_of_is_not_inherited(serve):
     lines = app.call("open_files").decode().splitlines()
     assert [line.rpartition(" ")[2] for line in lines if "forkring-failures" in line] == ["False"]
     assert "FORKRING_WORKER_FAILURES" not in lines
+
+
+def test_a_worker_that_starts_waits_for_one_that_notes_its_failure(monkeypatch):
+    holds = "import fcntl, sys; fcntl.lockf(int(sys.argv[1]), fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    file = os.memfd_create("forkring-failures")
+    os.write(file, b"a record")
+    monkeypatch.setenv("FORKRING_WORKER_FAILURES", str(file))
+    failures = Failures()
+    command = [sys.executable, "-c", holds, str(file)]
+    with subprocess.Popen(command, pass_fds=[file], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+        holder.stdout.readline()
+        thread = threading.Thread(target=failures.forget)
+        thread.start()
+        waits = re.compile(rf"-> POSIX .* {os.getpid()} [0-9a-f:]+:{os.fstat(file).st_ino} ")
+        until("the end of its wait", lambda: waits.search(Path("/proc/locks").read_text()) or not thread.is_alive())
+        assert thread.is_alive() and os.pread(file, 100, 0) == b"a record"
+        holder.stdin.close()
+        thread.join(harness.PATIENCE)
+    assert os.pread(file, 100, 0) == b""
+    os.close(file)
 
 
 def test_a_pool_that_there_is_not(ways):
