@@ -2,7 +2,8 @@
 
     fork_traffic.py ADDRESS sync|aio
 
-A child that does not end is killed by an alarm, so that its exit code says that it hung.
+An alarm kills a child that makes no progress, so that its exit code says that it hung. Each call renews the alarm: how long all
+of them take depends on the machine.
 """
 
 import asyncio
@@ -16,13 +17,15 @@ import traceback
 import forkring.aio
 import forkring.client
 
-CHILDREN, CALLS, PATIENCE = 4, 200, 60
+CHILDREN, CALLS, PATIENCE = 4, 100, 60
 
 
 def use(client):
     """Every kind of call, each checked."""
     for n in range(CALLS):
+        signal.alarm(PATIENCE)
         assert client.call(b"item %d" % n, pool="echo").payload == b"item %d" % n
+    signal.alarm(PATIENCE)
     subscription = f"of {os.getpid()}"
     assert client.submit([b"x"] * 10, subscription=subscription).accepted == 10
     assert sorted(result.id for result in client.updates(subscription, limit=10)) == list(range(10))
@@ -110,7 +113,10 @@ def grandchild(client):
         use(client)
         os._exit(0)
     use(client)
+    # The grandchild has an alarm of its own.
+    signal.alarm(0)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    signal.alarm(PATIENCE)
 
 
 def main(address, kind):
