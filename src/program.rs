@@ -46,7 +46,7 @@ pub struct Program {
 struct Failures(Option<Arc<OwnedFd>>);
 
 /// The environment variable that names its descriptor.
-const FAILURES: &str = "FORKRING_WORKER_FAILURES";
+pub(crate) const FAILURES: &str = "FORKRING_WORKER_FAILURES";
 
 impl Failures {
     fn new() -> Self {
@@ -157,6 +157,11 @@ impl Program {
 
     fn is_python(&self) -> bool {
         self.arguments.iter().any(|argument| argument == PYTHON_WORKER)
+    }
+
+    /// Closes the memory of its failures to start: in a forked child that does not become this program.
+    pub(crate) fn close_failures(&mut self) {
+        self.failures = Failures::default();
     }
 
     /// Becomes the program, in a child that has nothing to lose. Returns only if that fails.

@@ -45,6 +45,7 @@ fn descriptors(pid: i32, segment: &str) -> BTreeMap<String, usize> {
             Some(("anon_inode", kind)) => kind.trim_matches(['[', ']']).to_owned(),
             Some(("socket", _)) => "socket".to_owned(),
             _ if target.ends_with(segment) => "segment".to_owned(),
+            _ if target.starts_with("/memfd:forkring-failures") => "failures".to_owned(),
             // The standard ones, and whatever the test was started with.
             _ => continue,
         };
@@ -98,10 +99,13 @@ async fn descriptors_are_what_a_child_needs() {
     };
     // Any worker: the segment, the bells, and the timer of its items.
     let worker = wanted(&[("segment", 1), ("eventfd", BELLS), ("timerfd", 1)]);
+    // The worker of a Python pool also has the memory of that pool's failures to start.
+    let python = wanted(&[("segment", 1), ("eventfd", BELLS), ("timerfd", 1), ("failures", 1)]);
     // A zygote: what its workers need, the bells of their arrival, and the socket by which it is asked for them.
-    let zygote = wanted(&[("segment", 1), ("eventfd", BELLS + 2), ("timerfd", 2), ("socket", 1)]);
-    let workers = ["w0", "w1", "w2", "w3", "w4", "w5"].map(|name| (name, &worker));
-    for (name, wanted) in workers.into_iter().chain([("n2", &zygote)]) {
+    let zygote = wanted(&[("segment", 1), ("eventfd", BELLS + 2), ("timerfd", 2), ("socket", 1), ("failures", 1)]);
+    let workers = ["w0", "w1"].map(|name| (name, &worker));
+    let pythons = ["w2", "w3", "w4", "w5"].map(|name| (name, &python));
+    for (name, wanted) in workers.into_iter().chain(pythons).chain([("n2", &zygote)]) {
         let pid = server.child(name).await;
         // What is taken up at the start is closed soon after it.
         let has = || has(pid);
@@ -113,7 +117,7 @@ async fn descriptors_are_what_a_child_needs() {
     let front = server.child("front").await;
     assert!(sockets(front).contains(&listener), "the front listens");
     let has = has(front);
-    for kind in ["signalfd", "timerfd", "pidfd", "inotify"] {
+    for kind in ["signalfd", "timerfd", "pidfd", "inotify", "failures"] {
         assert!(!has.contains_key(kind), "the front has {has:?}");
     }
     server.drain().await;

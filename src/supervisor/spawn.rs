@@ -117,6 +117,18 @@ impl Supervisor {
             }
         }
         self.watch.keep(is_kept);
+        let own_pool = match role {
+            Role::Front => None,
+            Role::Worker(number) => self.topology.pool_of(number),
+            Role::Zygote(pool) => Some(pool),
+        };
+        for (pool, plan) in self.pools.iter_mut().enumerate() {
+            if let Work::Program(program) = &mut plan.work
+                && own_pool.map(usize::from) != Some(pool)
+            {
+                program.close_failures();
+            }
+        }
         self.nurseries.clear();
         // A child has children of its own to hear of.
         self.orphans = None;
