@@ -5,18 +5,19 @@ use std::{
     ffi::{OsStr, OsString},
 };
 
-use crate::{config::closest, contract};
+use crate::{config::closest, contract, program};
 
 use super::serve::{FILTER, POOLS};
 
 /// The prefix of all variables of this program.
 const PREFIX: &str = "FORKRING_";
 /// Variables that belong to no option, but to the server itself, to worker programs or to the tests.
-const OTHERS: [&str; 10] = [
+const OTHERS: [&str; 11] = [
     POOLS,
     FILTER,
     contract::VARIABLE,
     contract::nursery::VARIABLE,
+    program::FAILURES,
     "FORKRING_BIN",
     "FORKRING_CRASH",
     "FORKRING_STOP",
@@ -91,6 +92,7 @@ mod tests {
             ("FORKRING_LOG", "info"),
             ("FORKRING_LOG_FORMAT", "json"),
             ("FORKRING_WORKER", "{}"),
+            ("FORKRING_WORKER_FAILURES", "5"),
             ("FORKRING_BIN", "x"),
             ("FORKRING_TEST_SEED", "1"),
             ("FORKRING_SERVICE_HOST", "10.0.0.1"),
