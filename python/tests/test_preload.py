@@ -78,7 +78,7 @@ def test_who_the_supervisor_cannot_know_never_begins(serve):
     least = next(fd for fd in range(len(used) + 1) if fd == mine or fd not in used)
     resource.prlimit(app.process_id, resource.RLIMIT_NOFILE, (least, limits[1]))
     os.kill(first["pid"], signal.SIGKILL)
-    cannot = "a nursery cannot fork, trying again"
+    cannot = "a zygote cannot fork, trying again"
     until("two more", lambda: app.log().count(cannot) >= 2)
     assert app.error("origin", timeout=0.5).code() == grpc.StatusCode.DEADLINE_EXCEEDED
     resource.prlimit(app.process_id, resource.RLIMIT_NOFILE, limits)

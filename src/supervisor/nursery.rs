@@ -282,7 +282,7 @@ impl Supervisor {
     }
 
     fn went_wrong(&mut self, seat: usize, now: Instant, error: &dyn std::fmt::Display) {
-        tracing::warn!(%error, process = self.seats[seat].name, "a nursery cannot fork, trying again");
+        tracing::warn!(%error, process = self.seats[seat].name, "a zygote cannot fork, trying again");
         self.seats[seat].restart_at = Some(now + FORK_AGAIN);
     }
 
