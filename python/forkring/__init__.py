@@ -46,7 +46,7 @@ else:
         raise AttributeError(f"module 'forkring' has no attribute {name!r}")
 
     def __dir__() -> list[str]:
-        # What cannot be had is not listed: `help` and `inspect` ask for every name that is.
+        # Names whose import would fail are left out, because `help` and `inspect` ask for every name in the list.
         extra = importlib.import_module("forkring._extra")
         clients = (*_FROM_CLIENT, *_MODULES) if extra.is_installed() else ()
         special = (name for name in globals() if name.startswith("__"))

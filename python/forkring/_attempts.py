@@ -23,7 +23,7 @@ _LONGEST_CONNECT = 20.0
 
 
 class Settings(NamedTuple):
-    """What a client was made with."""
+    """The arguments that a client was made with."""
 
     target: str
     pool: str
@@ -74,7 +74,7 @@ def _option(option: Any) -> tuple[str, Any]:
 
 
 class Outage:
-    """What a client knows of a server that it cannot reach. Threads share it: what they may do twice is log a line."""
+    """The outage of a server that a client cannot reach. Threads share it; at worst two of them log the same line."""
 
     def __init__(self, target: str) -> None:
         self._target = target

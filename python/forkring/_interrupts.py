@@ -1,4 +1,4 @@
-"""What a Ctrl-C does to the processes of a server.
+"""The effect of Ctrl-C on the processes of a server.
 
 This imports nothing that takes time, for until it has run Python's own handler shows a Ctrl-C as a traceback.
 """

@@ -309,7 +309,7 @@ def _own(code: Code, details: str, failed: Any, target: str) -> tuple[str, str]:
     if details.startswith(_NEVER_SENT):
         why = details.rpartition(": ")[2].rstrip("]")
         return NO_CONNECTION, f"there is no server at {target} ({why})"
-    # What gRPC makes up in this process has no metadata; a proxy's answer has, at least its `date` or `server`.
+    # A status that gRPC makes in this process has no metadata. A proxy's answer has some, such as `date` or `server`.
     if failed.trailing_metadata():
         return "", details
     return CONNECTION_LOST, f"the connection to {target} broke: {details}"

@@ -28,6 +28,6 @@ pub fn size(name: &str, value: &Bound<'_, PyAny>) -> PyResult<usize> {
     if number.lt(0)? {
         return Err(PyValueError::new_err(refuse()));
     }
-    // What is beyond that is too large for any memory, as the caller says.
+    // A larger number is too large for any memory, as the caller says.
     Ok(number.extract().unwrap_or(usize::MAX))
 }

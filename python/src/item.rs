@@ -363,7 +363,7 @@ impl Item {
     }
 }
 
-/// What is wrong with the type and shape that NumPy was to give a payload.
+/// An error about the type and shape that NumPy was to give a payload.
 fn no_array(
     py: Python<'_>,
     payload: &Bound<'_, Payload>,
