@@ -14,7 +14,7 @@ from forkring._errors import describe
 _BATCH = "__forkring_batch__"
 _CONCURRENCY = "__forkring_concurrency__"
 _DEFAULT_CONCURRENCY = 64
-# What a server can hold, and more than one has by default.
+# The limit of items in a server, which is more than a server has by default.
 MOST_ITEMS = 2**20
 
 Handler = TypeVar("Handler", bound=Callable[..., Any])

@@ -277,7 +277,7 @@ async def hidden_async_generator(item):
 
 
 def open_files(item):
-    """What is open in the worker, of that what a program inherits, and the environment."""
+    """Returns the worker's open descriptors, those that a program inherits, and the environment."""
     folder = "/proc/self/fd"
     seen = []
     for number in os.listdir(folder):
